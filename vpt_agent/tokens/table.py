@@ -1,0 +1,293 @@
+"""THE table of perception kinds: the one place that spells a token.
+
+One row per kind. Token spellings, prefixes and trigger phrases are interface strings of the
+published models (paper arXiv 2502.17425 section 3) and are used exactly. Ids are looked up in a
+tokenizer, never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from vpt_agent.errors import UserError
+
+Payload = Literal["grid", "control", "none"]
+Encoder = Literal["base", "dino", "sam", "none"]
+PositionRule = Literal["mrope", "text"]
+ResultLayout = Literal["turn", "inline"]
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+IMAGE_TAG = "<image>"
+
+REGION_TRIGGER = (
+    "Identify the region that can help you answer the question, and then answer the question."
+)
+REENCODE_TRIGGER = (
+    "Require additional perception features, and then answer the question."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptionKind:
+    """One row: how a kind is spelled, what it encodes with, and how its result is laid out.
+
+    ``payload`` stands between start and end: ``grid`` four coordinate tokens (x_min, y_min,
+    x_max, y_max on a ``grid`` x ``grid`` raster), ``control`` the control token(s), ``none``
+    nothing. ``placeholder`` is the token that its visual tokens replace; ``tag`` names it in
+    message text. ``visual_tokens`` and ``input_size`` (pixels a side) are fixed numbers, or None
+    where they follow from the picture. ``positions`` says whether the placeholders count as a 2-D
+    image (``mrope``) or as text. ``result`` says when the result is appended: in a user turn of
+    its own after the assistant's turn (``turn``, as published), or at once (``inline``).
+    ``answer_prefix`` begins the published answers after this kind.
+    """
+
+    name: str
+    tool: str
+    start: str
+    end: str
+    payload: Payload
+    placeholder: str
+    tag: str
+    encoder: Encoder
+    control: str | None = None
+    projector: str | None = None
+    config_prefix: str | None = None
+    visual_tokens: int | None = None
+    input_size: int | None = None
+    positions: PositionRule = "text"
+    result: ResultLayout = "turn"
+    grid: int = 8
+    trigger: str = ""
+    answer_prefix: str = ""
+
+    def x_token(self, index: int) -> str:
+        """Spelling of column ``index``."""
+        return f"<|x_{index}|>"
+
+    def y_token(self, index: int) -> str:
+        """Spelling of row ``index``."""
+        return f"<|y_{index}|>"
+
+    @property
+    def grid_tokens(self) -> tuple[str, ...]:
+        """All coordinate tokens in the order in which they are added: x first, then y."""
+        if self.payload != "grid":
+            return ()
+        return tuple(self.x_token(i) for i in range(self.grid)) + tuple(
+            self.y_token(i) for i in range(self.grid)
+        )
+
+
+def _reencode(name: str, prefix: str, encoder: Encoder, **values: Any) -> PerceptionKind:
+    return PerceptionKind(
+        name=name,
+        tool=f"reencode_{name}",
+        start=f"<|{prefix}_action_start|>",
+        control=f"<|{prefix}_action|>",
+        end=f"<|{prefix}_action_end|>",
+        placeholder=f"<|{prefix}_image_pad|>",
+        tag=f"<{prefix}_image>",
+        payload="control",
+        encoder=encoder,
+        projector=f"{prefix}_projector",
+        config_prefix=prefix,
+        trigger=REENCODE_TRIGGER,
+        **values,
+    )
+
+
+REGION = PerceptionKind(
+    name="region",
+    tool="crop_region",
+    start="<|region_token_start|>",
+    end="<|region_token_end|>",
+    payload="grid",
+    placeholder=IMAGE_PAD,
+    tag=IMAGE_TAG,
+    encoder="base",
+    positions="mrope",
+    trigger=REGION_TRIGGER,
+    answer_prefix="Now answer the question.\n",
+)
+CLIP = _reencode("clip", "clip", "base")
+DINO = _reencode("dino", "detection", "dino", visual_tokens=256, input_size=224)
+SAM = _reencode("sam", "seg", "sam", visual_tokens=256, input_size=1024)
+
+PUBLISHED: Mapping[str, PerceptionKind] = {k.name: k for k in (REGION, CLIP, DINO, SAM)}
+"""The published rows by name, in the order in which their tokens are added."""
+
+
+@dataclass(frozen=True)
+class PerceptionTable:
+    """The kinds of one model. ``controls`` is the number of control tokens a call carries."""
+
+    kinds: tuple[PerceptionKind, ...]
+    controls: int = 1
+
+    def __post_init__(self) -> None:
+        names = [k.name for k in self.kinds]
+        starts = [k.start for k in self.kinds]
+        for what, values in (("name", names), ("start token", starts)):
+            twice = sorted({v for v in values if values.count(v) > 1})
+            if twice:
+                raise UserError(
+                    f"two perception kinds have the same {what}", where="PerceptionTable", got=twice
+                )
+        if self.controls < 1:
+            raise UserError("a call carries at least one control token", got=self.controls)
+
+    def __getitem__(self, name: str) -> PerceptionKind:
+        for kind in self.kinds:
+            if kind.name == name:
+                return kind
+        raise UserError(
+            "this model has no such perception kind",
+            got=name,
+            expected=", ".join(k.name for k in self.kinds) or "none",
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return any(k.name == name for k in self.kinds)
+
+    def tokens_to_add(self) -> tuple[list[str], list[str]]:
+        """New special tokens, and new plain tokens, in the published order of addition.
+
+        Placeholders first (special), then start/end and coordinates of grid kinds, then the
+        start, control and end tokens of each other kind. With one encoder this gives the
+        published ids.
+        """
+        special = [k.placeholder for k in self.kinds if k.placeholder != IMAGE_PAD]
+        plain: list[str] = []
+        for kind in self.kinds:
+            if kind.payload == "grid":
+                plain += [kind.start, kind.end, *kind.grid_tokens]
+        for kind in self.kinds:
+            if kind.payload != "grid":
+                plain += [kind.start, *([kind.control] if kind.control else []), kind.end]
+        return list(dict.fromkeys(special)), list(dict.fromkeys(plain))
+
+    def resolve(self, lookup: Callable[[str], int | None]) -> ResolvedTable:
+        """Look every token up. ``lookup`` gives an id, or None for a token it does not have."""
+
+        def need(token: str) -> int:
+            found = lookup(token)
+            if found is None:
+                raise UserError(
+                    "the tokenizer lacks a perception token",
+                    got=token,
+                    fix="add PerceptionTable.tokens_to_add() to the tokenizer first",
+                )
+            return found
+
+        rows = []
+        for kind in self.kinds:
+            is_grid = kind.payload == "grid"
+            rows.append(
+                ResolvedKind(
+                    kind=kind,
+                    start=need(kind.start),
+                    end=need(kind.end),
+                    control=need(kind.control) if kind.control else None,
+                    placeholder=need(kind.placeholder),
+                    x=tuple(need(kind.x_token(i)) for i in range(kind.grid)) if is_grid else (),
+                    y=tuple(need(kind.y_token(i)) for i in range(kind.grid)) if is_grid else (),
+                )
+            )
+        return ResolvedTable(tuple(rows), self.controls)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """JSON form: what a checkpoint carries."""
+        return {"controls": self.controls, "kinds": [asdict(k) for k in self.kinds]}
+
+    @classmethod
+    def from_manifest(cls, data: Mapping[str, Any]) -> PerceptionTable:
+        """Read :meth:`to_manifest` back. Unknown fields are an error that names them."""
+        known = {f.name for f in fields(PerceptionKind)}
+        for row in data["kinds"]:
+            extra = sorted(set(row) - known)
+            if extra:
+                raise UserError(
+                    "a perception kind has unknown fields",
+                    where=row.get("name"),
+                    got=extra,
+                    fix="this checkpoint was written by a newer vpt_agent; upgrade",
+                )
+        kinds = tuple(PerceptionKind(**row) for row in data["kinds"])
+        return cls(kinds, int(data.get("controls", 1)))
+
+    @classmethod
+    def published(
+        cls, encoders: Iterable[str] = (), *, region: bool = True, grid: int = 8, controls: int = 1
+    ) -> PerceptionTable:
+        """The published rows for ``encoders`` (any of clip, dino, sam) at grid size ``grid``."""
+        wanted = list(encoders)
+        unknown = sorted(set(wanted) - (set(PUBLISHED) - {"region"}))
+        if unknown:
+            raise UserError("unknown encoder", got=unknown, expected="clip, dino, sam")
+        if grid not in (4, 8, 16, 32):
+            raise UserError("unsupported region grid", got=grid, expected="4, 8, 16 or 32")
+        rows = [replace(REGION, grid=grid)] if region else []
+        rows += [PUBLISHED[name] for name in ("clip", "dino", "sam") if name in wanted]
+        return cls(tuple(rows), controls)
+
+
+@dataclass(frozen=True)
+class ResolvedKind:
+    """A row with the ids of its tokens in one tokenizer. ``x`` and ``y`` are ids by index."""
+
+    kind: PerceptionKind
+    start: int
+    end: int
+    control: int | None
+    placeholder: int
+    x: tuple[int, ...] = ()
+    y: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Every id that only a call of this kind may contain (placeholder excluded)."""
+        ids = {self.start, self.end, *self.x, *self.y}
+        return frozenset(ids if self.control is None else ids | {self.control})
+
+
+@dataclass(frozen=True)
+class ResolvedTable:
+    """The table with ids: what the grammar, the engine and the model read."""
+
+    rows: tuple[ResolvedKind, ...]
+    controls: int = 1
+
+    def __getitem__(self, name: str) -> ResolvedKind:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise UserError(
+            "this model has no such perception kind",
+            got=name,
+            expected=", ".join(r.name for r in self.rows) or "none",
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return any(r.name == name for r in self.rows)
+
+    def by_start(self, token_id: int) -> ResolvedKind | None:
+        """The kind that ``token_id`` starts, if any."""
+        return next((r for r in self.rows if r.start == token_id), None)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of all control tokens."""
+        return frozenset(r.control for r in self.rows if r.control is not None)
+
+    @property
+    def table(self) -> PerceptionTable:
+        """The rows without ids."""
+        return PerceptionTable(tuple(r.kind for r in self.rows), self.controls)
