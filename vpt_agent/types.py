@@ -31,10 +31,12 @@ class Box(NamedTuple):
 
     @property
     def width(self) -> float:
+        """``right - left``."""
         return self.right - self.left
 
     @property
     def height(self) -> float:
+        """``bottom - top``."""
         return self.bottom - self.top
 
 
@@ -129,6 +131,7 @@ class ToolResult:
 
     @property
     def ok(self) -> bool:
+        """Whether the call gave a result."""
         return self.error is None
 
 

@@ -26,9 +26,7 @@ IMAGE_TAG = "<image>"
 REGION_TRIGGER = (
     "Identify the region that can help you answer the question, and then answer the question."
 )
-REENCODE_TRIGGER = (
-    "Require additional perception features, and then answer the question."
-)
+REENCODE_TRIGGER = "Require additional perception features, and then answer the question."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +247,7 @@ class ResolvedKind:
 
     @property
     def name(self) -> str:
+        """The kind's name."""
         return self.kind.name
 
     @property
