@@ -1,0 +1,265 @@
+"""The engine: one model, one KV pool, one loop that runs many sessions together.
+
+Runs are generators (state machines) that yield what they need: :class:`Feed` (compute tokens) or
+:class:`Look` (encode pictures). The loop collects what all runs ask for, groups it, computes each
+group in one batch, and sends the answers back. Rows at different stages share a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vpt_agent.engine.cache import KVShape, PooledCache
+from vpt_agent.engine.features import FeatureStore
+from vpt_agent.engine.parts import Fed, Feed, Look, Looked
+from vpt_agent.engine.session import Session
+from vpt_agent.errors import InternalError, UserError
+from vpt_agent.kernels import splice
+from vpt_agent.tokens.table import ResolvedKind, ResolvedTable
+from vpt_agent.vision.policy import ImagePolicy
+
+T = TypeVar("T")
+Run = Generator[Any, Any, T]
+"""A run yields Feed, a sequence of Look, or Wait, and receives Fed, list[Looked] or a result."""
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model. Shapes: B rows, L new tokens, S cache slots, D width."""
+
+    @property
+    def table(self) -> ResolvedTable: ...
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor: ...
+
+    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]: ...
+
+    def encode(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]: ...
+
+    def features_from_base(self, kind: str, tower_tokens: Tensor) -> Tensor: ...
+
+    def condition(self, kind: str, features: Tensor, control: Tensor) -> Tensor: ...
+
+    def run_language_model(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor: ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor: ...
+
+    def kv_shape(self) -> tuple[int, int, int, torch.dtype, torch.device]: ...
+
+
+@dataclass
+class _Live:
+    """A run in progress: what it waits for, or what it returned."""
+
+    run: Run[Any]
+    want: Any = None
+    result: Any = None
+    finished: bool = False
+
+
+@dataclass
+class Counters:
+    """What the engine did, for tests and reports. ``padded_tokens`` includes ragged padding."""
+
+    forwards: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    rows_per_forward: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Owns the model while it runs. ``policy`` says how pictures become patches.
+
+    ``max_cached_tokens`` bounds the KV pool (rows x slots); None leaves it to memory.
+    ``max_positions`` is the longest sequence the model was made for.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        policy: ImagePolicy,
+        *,
+        max_cached_tokens: int | None = None,
+        max_positions: int = 32768,
+        feature_cache: int = 64,
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.table = model.table
+        self.controls = model.table.controls
+        self.control_ids = model.table.control_ids
+        self.max_positions = max_positions
+        self.cache = PooledCache(KVShape(*model.kv_shape()), max_tokens=max_cached_tokens)
+        self.device = self.cache.shape.device
+        self.features = FeatureStore(model, policy, self.device, capacity=feature_cache)
+        self.counters = Counters()
+
+    def kind_of(self, name: str) -> ResolvedKind:
+        """The row of a kind."""
+        return self.table[name]
+
+    def session(self) -> Session:
+        """A new, empty session."""
+        return Session(self, self.cache.allocate())
+
+    # --- the loop -------------------------------------------------------------------------
+
+    def drive(self, runs: Sequence[Run[T]]) -> list[T]:
+        """Run all to their ends, together; their results in order."""
+        live = [_Live(run) for run in runs]
+        for _ in self._steps(live):
+            pass
+        return [entry.result for entry in live]
+
+    def steps(self, runs: Sequence[Run[T]]) -> Iterator[None]:
+        """As :meth:`drive`, giving control back after every step."""
+        return self._steps([_Live(run) for run in runs])
+
+    def _steps(self, live: list[_Live]) -> Iterator[None]:
+        try:
+            for entry in live:
+                self._advance(entry, None)
+            while any(not entry.finished for entry in live):
+                self._step([entry for entry in live if not entry.finished])
+                yield
+        finally:
+            for entry in live:
+                entry.run.close()
+
+    @torch.inference_mode()
+    def _step(self, waiting: list[_Live]) -> None:
+        looks = [e for e in waiting if not isinstance(e.want, Feed)]
+        if looks:
+            # One batch per encoder over all runs; then each run goes on to its next wish.
+            flat = [look for e in looks for look in e.want]
+            for look in flat:
+                if not isinstance(look, Look):
+                    raise InternalError("a run asked for something unknown", got=type(look))
+            answers = iter(self.features.look_all(flat))
+            for entry in looks:
+                self._advance(entry, [next(answers) for _ in entry.want])
+            return
+        for group in _groups(waiting):
+            try:
+                fed = self._forward([e.want for e in group])
+            except UserError as error:  # a limit of the cache: each run hears of it
+                for entry in group:
+                    self._throw(entry, error)
+                continue
+            for entry, answer in zip(group, fed, strict=True):
+                self._advance(entry, answer)
+
+    @staticmethod
+    def _advance(entry: _Live, answer: Any) -> None:
+        try:
+            entry.want = entry.run.send(answer)
+        except StopIteration as stop:
+            entry.result, entry.finished = stop.value, True
+
+    @staticmethod
+    def _throw(entry: _Live, error: Exception) -> None:
+        try:
+            entry.want = entry.run.throw(error)
+        except StopIteration as stop:
+            entry.result, entry.finished = stop.value, True
+
+    # --- one forward ----------------------------------------------------------------------
+
+    def _forward(self, feeds: Sequence[Feed]) -> list[Fed]:
+        sessions = [f.session for f in feeds]
+        counts = [len(f.block.ids) for f in feeds]
+        rows = [s.row for s in sessions]
+        for session, n in zip(sessions, counts, strict=True):
+            if len(session) + n > self.max_positions:
+                raise UserError(
+                    "the conversation is longer than the model can hold",
+                    got=f"{len(session) + n} tokens",
+                    expected=f"at most {self.max_positions}",
+                    fix="ask a shorter question, give fewer or smaller pictures, "
+                    "or start a new conversation",
+                )
+        width = max(counts)
+        embeds, positions = self._inputs(feeds, counts, width)
+        mask = self.cache.begin(rows, counts)
+        hidden = self.model.run_language_model(embeds, positions, mask, self.cache)  # [B, L, D]
+        self.cache.commit(rows, counts)
+        self.counters.forwards += 1
+        self.counters.tokens += sum(counts)
+        self.counters.padded_tokens += width * len(feeds)
+        self.counters.rows_per_forward.append(len(feeds))
+        states = [hidden[b, :n] for b, n in enumerate(counts)]
+        for feed, state in zip(feeds, states, strict=True):
+            feed.session.advance(feed.block, state)
+        return self._with_logits(feeds, states)
+
+    def _inputs(
+        self, feeds: Sequence[Feed], counts: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, D] with visual tokens in place, positions [3, B, L]."""
+        ids = torch.zeros(len(feeds), width, dtype=torch.long)
+        positions = torch.zeros(3, len(feeds), width, dtype=torch.long)
+        index: list[Tensor] = []
+        features: list[Tensor] = []
+        for b, feed in enumerate(feeds):
+            ids[b, : counts[b]] = torch.tensor(feed.block.ids)
+            positions[:, b, : counts[b]] = feed.block.positions
+            for offset, tokens in feed.block.visual:
+                index.append(torch.arange(tokens.shape[0]) + b * width + offset)
+                features.append(tokens)
+        embeds = self.model.embed_tokens(ids.to(self.device))  # [B, L, D]
+        if features:
+            embeds = splice(
+                embeds,
+                torch.cat([f.to(embeds.dtype) for f in features]),
+                torch.cat(index).to(self.device),
+            )
+        return embeds, positions.to(self.device)
+
+    def _with_logits(self, feeds: Sequence[Feed], states: Sequence[Tensor]) -> list[Fed]:
+        """One product with the output head for every position that asked for logits."""
+        wanted = [
+            state if f.logits == "all" else state[-1:] if f.logits == "last" else state[:0]
+            for f, state in zip(feeds, states, strict=True)
+        ]
+        stacked = torch.cat(wanted)
+        if not stacked.shape[0]:
+            return [Fed(state, None) for state in states]
+        logits = self.model.compute_logits(stacked).float()
+        parts = logits.split([w.shape[0] for w in wanted])
+        return [
+            Fed(state, part if part.shape[0] else None)
+            for state, part in zip(states, parts, strict=True)
+        ]
+
+    def look(self, encoder: str, views: Sequence[Any]) -> list[Looked]:
+        """Encode pictures outside a run (tools, tests)."""
+        with torch.inference_mode():
+            return self.features.look_all([Look(encoder, tuple(views))])[0]
+
+
+def _groups(waiting: Sequence[_Live]) -> list[list[_Live]]:
+    """Rows to run together: alike in length, since a ragged batch is padded to its longest.
+
+    Decoding rows (a few tokens) go in one batch; long blocks go together while padding stays
+    under a quarter.
+    """
+    ordered = sorted(waiting, key=lambda e: len(e.want.block.ids))
+    groups: list[list[_Live]] = []
+    for entry in ordered:
+        n = len(entry.want.block.ids)
+        if groups and (n <= 4 or n <= 1.33 * len(groups[-1][0].want.block.ids)):
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return [sorted(g, key=lambda e: e.want.session.row) for g in groups]

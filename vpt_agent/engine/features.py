@@ -1,0 +1,127 @@
+"""Features of pictures: computed once per picture, encoder and size, reused afterwards.
+
+The key is the hash of the pixels that the model will see and how they were made (view, policy,
+crop or whole), and the encoder. The control state is not part of it: conditioning happens on top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vpt_agent.engine.parts import Look, Looked
+from vpt_agent.tokens.table import PerceptionKind
+from vpt_agent.types import View
+from vpt_agent.vision.encoders import dino_pixels, sam_pixels
+from vpt_agent.vision.patches import look as look_at
+from vpt_agent.vision.policy import ImagePolicy
+
+if TYPE_CHECKING:
+    from vpt_agent.engine.core import LanguageModel
+
+
+@dataclass(frozen=True)
+class _Entry:
+    tokens: Tensor  # [V, D]
+    grid: tuple[int, int, int] | None
+    kernels: tuple[str, ...]
+
+
+class FeatureStore:
+    """The last ``capacity`` features. Encoder inputs of one kind are computed in one batch."""
+
+    def __init__(
+        self, model: LanguageModel, policy: ImagePolicy, device: torch.device, *, capacity: int
+    ) -> None:
+        self.model, self.policy, self.device, self.capacity = model, policy, device, capacity
+        self.encoder_calls = 0
+        self._kept: OrderedDict[str, _Entry] = OrderedDict()
+
+    def key(self, encoder: str, view: View) -> str:
+        """What decides the features: encoder, policy, how the view is resized, and the pixels."""
+        how = "crop" if view.parent is not None else "whole"
+        return f"{encoder}:{self.policy.kind}:{how}:{view.sha256}"
+
+    def look_all(self, looks: Sequence[Look]) -> list[list[Looked]]:
+        """Answers in the order asked; each distinct (encoder, picture) is computed once."""
+        missing: dict[str, dict[str, View]] = {}
+        for look in looks:
+            source = self._source(look.encoder)
+            for view in look.views:
+                key = self.key(source, view)
+                if key not in self._kept:
+                    missing.setdefault(source, {})[key] = view
+        # Held here too, so that a small capacity cannot evict what this call still needs.
+        at_hand = dict(self._kept)
+        seconds: dict[str, float] = {}
+        for source, views in missing.items():
+            began = time.perf_counter()
+            for key, entry in zip(
+                views, self._compute(source, list(views.values())), strict=True
+            ):
+                at_hand[key] = entry
+            for key in views:
+                seconds[key] = (time.perf_counter() - began) / len(views)
+        fresh = {key for views in missing.values() for key in views}
+        answers = [[self._answer(look, v, at_hand, fresh, seconds) for v in look.views] for look in looks]
+        for key, entry in at_hand.items():
+            self._kept[key] = entry
+            self._kept.move_to_end(key)
+        while len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+        return answers
+
+    def _answer(
+        self,
+        look: Look,
+        view: View,
+        at_hand: dict[str, _Entry],
+        fresh: set[str],
+        seconds: dict[str, float],
+    ) -> Looked:
+        source = self._source(look.encoder)
+        key = self.key(source, view)
+        entry = at_hand[key]
+        new = key in fresh
+        fresh.discard(key)  # a second request in the same batch is a reuse
+        tokens = entry.tokens
+        if look.encoder != source:
+            tokens = self.model.features_from_base(look.encoder, tokens)
+        done = Looked(view, look.encoder, tokens, entry.grid, key, not new, entry.kernels)
+        return replace(done, seconds=seconds.get(key, 0.0) if new else 0.0)
+
+    def _source(self, encoder: str) -> str:
+        """The tower that computes ``encoder``: kinds on the base tower share its features."""
+        if encoder == "base":
+            return "base"
+        kind = self.model.table[encoder].kind
+        return "base" if kind.encoder == "base" else encoder
+
+    def _compute(self, source: str, views: list[View]) -> list[_Entry]:
+        self.encoder_calls += len(views)
+        if source == "base":
+            patches = look_at(views, self.policy)
+            grid = patches.grid_thw
+            tokens = self.model.encode_images(
+                patches.pixel_values.to(self.device), grid.to(self.device)
+            )
+            return [
+                _Entry(t, (int(g[0]), int(g[1]), int(g[2])), patches.kernels)
+                for t, g in zip(tokens, grid, strict=True)
+            ]
+        kind = self.model.table[source].kind
+        pixels = torch.stack([self._pixels(kind, v) for v in views]).to(self.device)
+        return [_Entry(t, None, ()) for t in self.model.encode(source, pixels=pixels)]
+
+    def _pixels(self, kind: PerceptionKind, view: View) -> Tensor:
+        """Encoder input [3, side, side] of a view."""
+        make = {"dino": dino_pixels, "sam": sam_pixels}[kind.encoder]
+        if kind.input_size is None:
+            return make(view, published=self.policy.kind == "published")
+        return make(view, kind.input_size, published=self.policy.kind == "published")

@@ -1,0 +1,110 @@
+"""What is appended to a session, and what a run asks of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vpt_agent.types import TokenSource, View
+
+if TYPE_CHECKING:
+    from vpt_agent.engine.session import Session
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids [n]; ``source`` is recorded with them."""
+
+    ids: Sequence[int]
+    source: TokenSource = "given"
+
+
+@dataclass(frozen=True)
+class Visual:
+    """Visual tokens [V, D] in the language model's width, standing for ``placeholder`` ids.
+
+    ``grid`` (t, h, w) in patches gives them M-RoPE positions of a picture; None gives text
+    positions (the position rule of the row).
+    """
+
+    placeholder: int
+    features: Tensor
+    grid: tuple[int, int, int] | None = None
+    view: str | None = None
+    kind: str | None = None
+    call_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Unconditioned:
+    """Features f [V, D] of ``kind``, still to be conditioned with the session's control states.
+
+    For prompts that already contain a call (a recorded round): the control tokens before this
+    part, not used yet, give the condition.
+    """
+
+    placeholder: int
+    features: Tensor
+    kind: str
+    view: str | None = None
+
+
+Part = Tokens | Visual | Unconditioned
+
+
+@dataclass
+class Block:
+    """One forward's worth of new tokens for one session.
+
+    ``positions`` [3, n] on the CPU; ``visual`` are (offset, features [m, D]) that replace the
+    embeddings of the ids there.
+    """
+
+    ids: list[int]
+    positions: Tensor
+    visual: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Ask the loop to run ``block`` on ``session``.
+
+    ``logits``: none, of the last position, or of ``all`` positions of the block.
+    """
+
+    session: Session
+    block: Block
+    logits: str = "last"
+
+
+@dataclass(frozen=True)
+class Fed:
+    """The answer: final-norm hidden states [n, D], and logits [m, vocab] in float32 or None."""
+
+    hidden: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """Ask the loop for the features of ``views`` under an encoder: ``base`` or a kind's name."""
+
+    encoder: str
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Features of one view: tokens [V, D], the patch grid (base tower) and what was done."""
+
+    view: View
+    encoder: str
+    tokens: Tensor
+    grid: tuple[int, int, int] | None
+    key: str
+    reused: bool
+    kernels: tuple[str, ...] = ()
+    seconds: float = 0.0

@@ -1,0 +1,102 @@
+"""Choosing the next token: greedy or sampled, under a constraint whose cost is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpt_agent.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch those off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError("temperature must be 0 (greedy) or more", got=self.temperature)
+        if self.top_k < 0:
+            raise UserError("top_k must be 0 (off) or more", got=self.top_k)
+        if not 0 < self.top_p <= 1:
+            raise UserError("top_p must be in (0, 1]", got=self.top_p)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, its log probability under the constraint, and the mass the constraint removed.
+
+    ``free`` is what greedy decoding without the constraint would have taken.
+    """
+
+    token: int
+    logprob: float
+    removed: float
+    free: int
+
+
+class Sampler:
+    """One run's random numbers: the same seed gives the same tokens, alone or in a batch."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def choose(
+        self,
+        logits: Tensor,
+        *,
+        allowed: Iterable[int] | None = None,
+        banned: Iterable[int] = (),
+    ) -> Choice:
+        """Pick from ``logits`` [vocab] float32; only ``allowed`` ids, none of ``banned``."""
+        logprobs = torch.log_softmax(logits.float(), -1)
+        free = int(logprobs.argmax())
+        removed = 0.0
+        keep: Tensor | None = None
+        if allowed is not None:
+            keep = torch.zeros_like(logprobs, dtype=torch.bool)
+            keep[torch.tensor(sorted(allowed), device=keep.device)] = True
+        ban = sorted(banned)
+        if ban:
+            if keep is None:
+                keep = torch.ones_like(logprobs, dtype=torch.bool)
+            keep[torch.tensor(ban, device=keep.device)] = False
+        if keep is not None:
+            kept = logprobs.masked_fill(~keep, float("-inf"))
+            mass = torch.logsumexp(kept, -1)
+            removed = max(0.0, 1.0 - float(mass.exp()))
+            logprobs = kept - mass
+        token = self._pick(logprobs)
+        return Choice(token, float(logprobs[token]), removed, free)
+
+    def _pick(self, logprobs: Tensor) -> int:
+        s = self.sampling
+        if s.temperature == 0:
+            return int(logprobs.argmax())
+        scaled = logprobs / s.temperature
+        if s.top_k:
+            bound = scaled.topk(min(s.top_k, scaled.shape[-1])).values[-1]
+            scaled = scaled.masked_fill(scaled < bound, float("-inf"))
+        if s.top_p < 1:
+            ordered, order = scaled.softmax(-1).sort(descending=True)
+            # Keep the smallest set whose mass reaches top_p: drop what comes after it.
+            drop = ordered.cumsum(-1) - ordered >= s.top_p
+            scaled = scaled.index_fill(-1, order[drop], float("-inf"))
+        weights = scaled.softmax(-1).cpu()
+        return int(torch.multinomial(weights, 1, generator=self._generator))
+
+    def probability_of(self, logits: Tensor, token: int) -> float:
+        """Probability of ``token`` without any constraint: what a forced token's mass was."""
+        return float(torch.log_softmax(logits.float(), -1)[token].exp())

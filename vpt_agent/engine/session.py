@@ -1,0 +1,227 @@
+"""A session: one row of the KV pool, everything that was said in it, and where it stands.
+
+Nothing is computed twice: appending computes the new tokens only. A control token's input
+embedding is the final-norm hidden state at the position before it (paper section 3.3; FACTS: the
+"prompt"), which the session has at hand, so no second pass is needed. Later control tokens see
+earlier conditioned ones: the ``causal`` rule.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vpt_agent.engine.parts import Block, Fed, Feed, Part, Tokens, Unconditioned, Visual
+from vpt_agent.errors import UserError
+from vpt_agent.model.positions import span_positions
+from vpt_agent.types import Span
+
+if TYPE_CHECKING:
+    from vpt_agent.engine.core import Engine
+
+
+@dataclass
+class Control:
+    """A control state [D] that a control token left, and whether a feature block used it."""
+
+    token: int
+    state: Tensor
+    used: bool = False
+
+
+class Session:
+    """Append, decode, fork, truncate. Get one from :meth:`Engine.session`."""
+
+    def __init__(self, engine: Engine, row: int) -> None:
+        self.engine, self.row = engine, row
+        self.ids: list[int] = []
+        self.positions: list[int] = []  # next position after each token: for truncate
+        self.next_position = 0
+        self.hidden: Tensor | None = None  # [D] final-norm state at the last position
+        self.controls: list[Control] = []
+        self.forward_tokens = 0
+        self.forward_calls = 0
+        self._finalizer = weakref.finalize(self, engine.cache.release, row)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def close(self) -> None:
+        """Give the row back; the session cannot be used afterwards."""
+        self._finalizer()
+
+    def fork(self) -> Session:
+        """A second session with the same past: computed once, copied."""
+        other = self.engine.session()
+        self.engine.cache.copy_row(self.row, other.row)
+        other.ids, other.positions = list(self.ids), list(self.positions)
+        other.next_position, other.hidden = self.next_position, self.hidden
+        other.controls = [Control(c.token, c.state, c.used) for c in self.controls]
+        return other
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from token ``length`` on.
+
+        The hidden state there is gone, so at least one token must be appended before decoding,
+        and that token cannot be a control token.
+        """
+        if length == len(self.ids):
+            return
+        self.engine.cache.truncate(self.row, length)
+        dropped = self.ids[length:]
+        lost = sum(1 for i in dropped if i in self.engine.control_ids)
+        if lost:
+            self.controls = self.controls[:-lost]
+        del self.ids[length:], self.positions[length:]
+        self.next_position = self.positions[-1] if self.positions else 0
+        self.hidden = None
+
+    # --- appending ------------------------------------------------------------------------
+
+    def feed(
+        self, parts: Sequence[Part], *, logits: str = "last"
+    ) -> Generator[Feed, Fed, list[Fed]]:
+        """Append ``parts``; yields what the loop must run and returns every answer.
+
+        A block is cut in front of each control token whose state is not known yet, since that
+        token's embedding is the hidden state of the token before it.
+        """
+        done: list[Fed] = []
+        block = _Builder(self.next_position)
+        for part in parts:
+            if isinstance(part, Tokens):
+                for token in part.ids:
+                    if token in self.engine.control_ids:
+                        if block.ids:
+                            done.append((yield from self._run(block, "none" if logits == "last" else logits)))
+                            block = _Builder(self.next_position)
+                        block.control(token, self._take_control(token))
+                    else:
+                        block.token(token)
+                continue
+            if isinstance(part, Unconditioned):
+                part = self._condition(part)
+            block.visual(part)
+        if block.ids:
+            done.append((yield from self._run(block, logits)))
+        if not done:
+            raise UserError("nothing to append", where="Session.feed", expected="at least one token")
+        return done
+
+    def _run(self, block: _Builder, logits: str) -> Generator[Feed, Fed, Fed]:
+        return (yield Feed(self, block.done(), logits))
+
+    def _take_control(self, token: int) -> Tensor:
+        if self.hidden is None:
+            raise UserError(
+                "a control token needs the hidden state of the token before it",
+                where="Session.feed",
+                got=f"control token {token} at position {len(self.ids)}",
+                fix="append at least one other token first",
+            )
+        self.controls.append(Control(token, self.hidden))
+        return self.hidden
+
+    def _condition(self, part: Unconditioned) -> Visual:
+        needed = self.engine.kind_of(part.kind).control
+        pending = [c for c in self.controls if not c.used and c.token == needed]
+        used = pending[: self.engine.controls]
+        if len(used) < self.engine.controls:
+            raise UserError(
+                "features wait for a control state that the prompt does not give",
+                where=part.kind,
+                got=f"{len(used)} control tokens before it",
+                expected=f"{self.engine.controls}",
+                fix="put the call's tokens in front of the result's picture",
+            )
+        for control in used:
+            control.used = True
+        states = torch.stack([c.state for c in used])  # [k, D]
+        tokens = self.engine.model.condition(part.kind, part.features, states)  # [V, D]
+        return Visual(part.placeholder, tokens, None, part.view, part.kind)
+
+    def advance(self, block: Block, hidden: Tensor) -> None:
+        """Called by the loop when ``block`` has been computed; ``hidden`` is [n, D]."""
+        self.ids += block.ids
+        self.next_position = int(block.positions.max()) + 1
+        ends = torch.cummax(block.positions.amax(0), 0).values + 1
+        self.positions += ends.tolist()
+        self.hidden = hidden[-1]
+        self.forward_tokens += len(block.ids)
+        self.forward_calls += 1
+
+    # --- without a loop -------------------------------------------------------------------
+
+    def append(self, parts: Sequence[Part], *, logits: str = "last") -> Tensor:
+        """Append at once; returns the logits asked for: [1, vocab], or [n, vocab] for ``all``."""
+        done = self.engine.drive([self.feed(parts, logits=logits)])[0]
+        found = [f.logits for f in done if f.logits is not None]
+        return torch.cat(found)
+
+    def take_controls(self, token: int) -> Tensor:
+        """The control states [k, D] of the latest call whose control token is ``token``."""
+        own = [c for c in self.controls if not c.used and c.token == token]
+        own = own[: self.engine.controls]
+        for control in own:
+            control.used = True
+        return torch.stack([c.state for c in own])
+
+
+class _Builder:
+    """Collects ids, positions and visual tokens of one block."""
+
+    def __init__(self, start: int) -> None:
+        self.next = start
+        self.ids: list[int] = []
+        self._positions: list[Tensor] = []
+        self._visual: list[tuple[int, Tensor]] = []
+        self._run = 0  # text tokens not yet turned into positions
+
+    def token(self, token: int) -> None:
+        self.ids.append(token)
+        self._run += 1
+
+    def control(self, token: int, state: Tensor) -> None:
+        self._visual.append((len(self.ids), state[None]))
+        self.token(token)
+
+    def visual(self, part: Visual) -> None:
+        count = part.features.shape[0]
+        self._visual.append((len(self.ids), part.features))
+        self.ids += [part.placeholder] * count
+        if part.grid is None:
+            self._run += count
+            return
+        self._flush()
+        self._add(part.grid, count)
+
+    def _flush(self) -> None:
+        if self._run:
+            self._add(None, self._run)
+            self._run = 0
+
+    def _add(self, grid: tuple[int, int, int] | None, count: int) -> None:
+        positions, self.next = span_positions(self.next, grid, count)
+        self._positions.append(positions)
+
+    def done(self) -> Block:
+        self._flush()
+        return Block(self.ids, torch.cat(self._positions, dim=1), self._visual)
+
+
+def spans_of(parts: Sequence[Part]) -> tuple[Span, ...]:
+    """How ``parts`` are recorded."""
+    spans = []
+    for part in parts:
+        if isinstance(part, Tokens):
+            spans.append(Span(part.source, tuple(part.ids)))
+        else:
+            ids = (part.placeholder,) * part.features.shape[0]
+            call = part.call_id if isinstance(part, Visual) else None
+            spans.append(Span("visual", ids, part.view, part.kind, call))
+    return tuple(spans)
