@@ -17,10 +17,14 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder written with 
 @clear_errors
 def show(run: Run) -> None:
     """Print a run as a person wants to read it."""
+    from rich.console import Console
+
     from vpt_agent.trace import Trace
     from vpt_agent.trace.show import render_text
 
-    typer.echo(render_text(Trace.load(run)))
+    # Lines are not broken where no terminal says how wide it is: a pipe's reader wants them whole.
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(render_text(Trace.read(run)), end="")
 
 
 @app.command()
@@ -32,5 +36,4 @@ def html(
     """Write a run as one page that needs no other file."""
     from vpt_agent.trace import Trace
 
-    Trace.load(run).to_html(out)
-    note("written", str(out))
+    note("written", str(Trace.read(run).to_html(out)))
