@@ -1,0 +1,52 @@
+"""What happened in a run: events, the folder that keeps them, and what is read from them."""
+
+from vpt_agent.trace.events import (
+    SCHEMA_VERSION,
+    Decoded,
+    ErrorInfo,
+    Event,
+    EventBase,
+    ImageEncoded,
+    LimitReached,
+    PerceptionAppended,
+    Prefilled,
+    PromptRendered,
+    RunFinished,
+    RunStarted,
+    SpanInfo,
+    ToolCalled,
+    ToolFinished,
+    ToolRejected,
+    ViewInfo,
+    WarningGiven,
+    read_event,
+    span_infos,
+)
+from vpt_agent.trace.record import record_from_trace
+from vpt_agent.trace.store import Manifest, Trace
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Decoded",
+    "ErrorInfo",
+    "Event",
+    "EventBase",
+    "ImageEncoded",
+    "LimitReached",
+    "Manifest",
+    "PerceptionAppended",
+    "Prefilled",
+    "PromptRendered",
+    "RunFinished",
+    "RunStarted",
+    "SpanInfo",
+    "ToolCalled",
+    "ToolFinished",
+    "ToolRejected",
+    "Trace",
+    "ViewInfo",
+    "WarningGiven",
+    "read_event",
+    "record_from_trace",
+    "span_infos",
+]
