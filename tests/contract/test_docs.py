@@ -9,11 +9,14 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.contract.sources import ROOT, name_of
+from vpt_agent.cli import app
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"vpt-agent ([a-z]+)(?: ([a-z]+))?")
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)")
 SHIPPED = ROOT / "vpt_agent" / "weights" / "nano" / "model.safetensors"
 NEEDS_GPU = 'device="cuda"'
@@ -51,3 +54,11 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_links_lead_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_that_a_page_names_exist(page: Path) -> None:
+    for first, second in COMMAND.findall(page.read_text(encoding="utf-8")):
+        words = [first, second] if first in ("trace", "nano", "tools") and second else [first]
+        result = CliRunner().invoke(app, [*words, "--help"])
+        assert result.exit_code == 0, f"{name_of(page)} names 'vpt-agent {' '.join(words)}'"
