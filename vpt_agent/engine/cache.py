@@ -82,8 +82,9 @@ class PooledCache(Cache):
     def copy_row(self, source: int, target: int) -> None:
         """Make ``target`` hold what ``source`` holds."""
         n = self.lengths[source]
-        for store in (*self.keys, *self.values):
-            store[target, :, :n] = store[source, :, :n]
+        with torch.inference_mode():
+            for store in (*self.keys, *self.values):
+                store[target, :, :n] = store[source, :, :n]
         self.lengths[target] = n
 
     def truncate(self, row: int, length: int) -> None:

@@ -7,7 +7,9 @@ group in one batch, and sends the answers back. Rows at different stages share a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -17,16 +19,17 @@ from transformers.cache_utils import Cache
 
 from vpt_agent.engine.cache import KVShape, PooledCache
 from vpt_agent.engine.features import FeatureStore
-from vpt_agent.engine.parts import Fed, Feed, Look, Looked
+from vpt_agent.engine.parts import Fed, Feed, Look, Looked, Wait
 from vpt_agent.engine.session import Session
-from vpt_agent.errors import InternalError, UserError
+from vpt_agent.errors import UserError
 from vpt_agent.kernels import splice
 from vpt_agent.tokens.table import ResolvedKind, ResolvedTable
 from vpt_agent.vision.policy import ImagePolicy
 
 T = TypeVar("T")
 Run = Generator[Any, Any, T]
-"""A run yields Feed, a sequence of Look, or Wait, and receives Fed, list[Looked] or a result."""
+"""A run yields a Feed, a list of Look, or a Wait; it receives a Fed, list[list[Looked]] or a
+list of tool results."""
 
 
 class LanguageModel(Protocol):
@@ -104,6 +107,7 @@ class Engine:
         self.device = self.cache.shape.device
         self.features = FeatureStore(model, policy, self.device, capacity=feature_cache)
         self.counters = Counters()
+        self.lock = threading.RLock()  # tools on threads may ask for features meanwhile
 
     def kind_of(self, name: str) -> ResolvedKind:
         """The row of a kind."""
@@ -130,40 +134,66 @@ class Engine:
         try:
             for entry in live:
                 self._advance(entry, None)
-            while any(not entry.finished for entry in live):
-                self._step([entry for entry in live if not entry.finished])
+            while waiting := [entry for entry in live if not entry.finished]:
+                self._step(waiting)
                 yield
         finally:
             for entry in live:
                 entry.run.close()
 
-    @torch.inference_mode()
     def _step(self, waiting: list[_Live]) -> None:
-        looks = [e for e in waiting if not isinstance(e.want, Feed)]
-        if looks:
+        """Answer one kind of wish: tools that are ready, then pictures, then tokens."""
+        if self._collect_tools(waiting):
+            return
+        looking = [e for e in waiting if isinstance(e.want, list)]
+        if looking:
             # One batch per encoder over all runs; then each run goes on to its next wish.
-            flat = [look for e in looks for look in e.want]
-            for look in flat:
-                if not isinstance(look, Look):
-                    raise InternalError("a run asked for something unknown", got=type(look))
-            answers = iter(self.features.look_all(flat))
-            for entry in looks:
+            with self.lock, torch.inference_mode():
+                answers = iter(self.features.look_all([w for e in looking for w in e.want]))
+            for entry in looking:
                 self._advance(entry, [next(answers) for _ in entry.want])
             return
-        for group in _groups(waiting):
+        for group in _groups([e for e in waiting if isinstance(e.want, Feed)]):
             try:
-                fed = self._forward([e.want for e in group])
-            except UserError as error:  # a limit of the cache: each run hears of it
-                for entry in group:
-                    self._throw(entry, error)
+                with self.lock, torch.inference_mode():
+                    fed = self._forward([e.want for e in group])
+            except UserError as error:  # too long, or no room in the cache
+                self._without_culprits(group, error)
                 continue
             for entry, answer in zip(group, fed, strict=True):
                 self._advance(entry, answer)
 
+    def _without_culprits(self, group: list[_Live], error: UserError) -> None:
+        """One row's trouble is its own: run the rows of a refused batch one by one."""
+        if len(group) == 1:
+            self._throw(group[0], error)
+            return
+        for entry in group:
+            try:
+                with self.lock, torch.inference_mode():
+                    answer = self._forward([entry.want])[0]
+            except UserError as own:
+                self._throw(entry, own)
+            else:
+                self._advance(entry, answer)
+
+    def _collect_tools(self, waiting: list[_Live]) -> bool:
+        """Advance the runs whose tools are done; block only if every run waits for tools."""
+        on_tools = [e for e in waiting if isinstance(e.want, Wait)]
+        if not on_tools:
+            return False
+        if len(on_tools) == len(waiting):
+            wait([f for e in on_tools for f in e.want.futures], return_when=FIRST_COMPLETED)
+        ready = [e for e in on_tools if all(f.done() for f in e.want.futures)]
+        for entry in ready:
+            self._advance(entry, [f.result() for f in entry.want.futures])
+        return bool(ready) or len(on_tools) == len(waiting)
+
     @staticmethod
     def _advance(entry: _Live, answer: Any) -> None:
         try:
-            entry.want = entry.run.send(answer)
+            with torch.inference_mode():
+                entry.want = entry.run.send(answer)
         except StopIteration as stop:
             entry.result, entry.finished = stop.value, True
 
@@ -244,7 +274,7 @@ class Engine:
 
     def look(self, encoder: str, views: Sequence[Any]) -> list[Looked]:
         """Encode pictures outside a run (tools, tests)."""
-        with torch.inference_mode():
+        with self.lock, torch.inference_mode():
             return self.features.look_all([Look(encoder, tuple(views))])[0]
 
 

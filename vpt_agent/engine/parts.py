@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -94,6 +95,13 @@ class Look:
 
     encoder: str
     views: tuple[View, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Ask the loop to go on with other runs until all ``futures`` (tools on threads) are done."""
+
+    futures: tuple[Future[Any], ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""From calls to results: gives tools what they need and runs them beside the loop.
+
+Encoder work is not done by the tools one by one: :meth:`Dispatcher.needed` says which features
+the calls of one turn will ask for, the loop computes those of all concurrent runs in one batch,
+and the tools find them done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpt_agent.engine.core import Engine
+from vpt_agent.engine.parts import Look
+from vpt_agent.errors import ModelRetry
+from vpt_agent.kernels import kernel_name
+from vpt_agent.tool import PerceptionTool, ToolContext, ToolRegistry, execute
+from vpt_agent.types import (
+    Box,
+    CallError,
+    ToolCall,
+    ToolResult,
+    View,
+    VisualFeatures,
+)
+from vpt_agent.vision.frames import crop_view
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the calls of one turn may see: all ``views`` by id, the question's ``originals``,
+    the run's seed, and the moment (``time.monotonic``) at which it must be over."""
+
+    views: Mapping[str, View]
+    originals: tuple[View, ...]
+    seed: int | None = None
+    deadline: float | None = None
+
+    def view(self, source: object) -> View | None:
+        """The view that ``source`` names; the latest original for None."""
+        if source is None:
+            return self.originals[-1] if self.originals else None
+        return self.views.get(str(source))
+
+
+class Dispatcher:
+    """Runs validated calls on threads; one for all runs of an agent."""
+
+    def __init__(
+        self, engine: Engine, registry: ToolRegistry, *, regions: str, workers: int = 4
+    ) -> None:
+        self.engine, self.registry, self.regions = engine, registry, regions
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vpt-tool")
+
+    def close(self) -> None:
+        """Stop taking calls; threads end when their tools do."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def look(self, encoder: str, views: tuple[View, ...]) -> Look:
+        """A request for features."""
+        return Look(encoder, views)
+
+    def visual_tokens(self, view: View) -> int:
+        """How many visual tokens a view costs through the base tower."""
+        return self.engine.policy.plan(view.size, crop=view.parent is not None).visual_tokens
+
+    def needed(self, calls: Sequence[ToolCall], scope: Scope) -> list[Look]:
+        """The features that re-encoding calls will ask for, as far as it can be known."""
+        looks = []
+        for call in calls:
+            tool = self.registry.find(call.name)
+            view = scope.view(call.arguments.get("source"))
+            if tool is None or view is None:
+                continue
+            for need in sorted(tool.needs):
+                encoder = need.removeprefix("encoder:")
+                if encoder != need and encoder in self.engine.table:
+                    looks.append(Look(encoder, (view,)))
+        return looks
+
+    def submit(self, calls: Sequence[ToolCall], scope: Scope) -> tuple[Future[ToolResult], ...]:
+        """Start all calls; a future each, which never raises for the model's or a tool's fault."""
+        return tuple(self._pool.submit(self._one, call, scope) for call in calls)
+
+    def _one(self, call: ToolCall, scope: Scope) -> ToolResult:
+        began = time.perf_counter()
+        found = self.registry.get(call.name)
+        if isinstance(found, CallError):
+            return ToolResult(
+                call.id, call.name, error=found, seconds=time.perf_counter() - began
+            )
+        with torch.inference_mode():
+            return execute(found, call, lambda view: self._context(call, scope, view))
+
+    def _context(self, call: ToolCall, scope: Scope, view: View) -> ToolContext:
+        table = self.engine.table
+        count = itertools.count(1)
+
+        def crop(parent: View, box: Box) -> View:
+            # Named after the call: the same run gives the same names, whatever runs beside it.
+            return crop_view(parent, box, id=f"{call.id}.{next(count)}", origin=call.name)
+
+        seed = 0 if scope.seed is None else scope.seed
+        return ToolContext(
+            views=scope.views,
+            view=view,
+            original=scope.views.get(view.root, view),
+            control=call.control,
+            kind=table[call.kind].kind if call.kind in table else None,
+            kinds={row.name: row.kind for row in table.rows},
+            regions=self.regions,
+            rng=random.Random(f"{seed}:{call.id}"),
+            deadline=scope.deadline,
+            encode=self._encode,
+            project=self._project,
+            crop=crop,
+        )
+
+    def _encode(self, kind: str, view: View) -> Tensor:
+        """Features [V, D] of a view; found in the store when the loop computed them."""
+        return self.engine.look(kind, (view,))[0].tokens
+
+    def _project(self, kind: str, features: Tensor, control: Tensor | None) -> VisualFeatures:
+        if control is None:
+            raise ModelRetry(f"{kind} needs a control token: call it with its perception token")
+        with self.engine.lock:
+            tokens = self.engine.model.condition(kind, features, control)
+        return VisualFeatures(kind, tokens, kernel_name("condition", features))

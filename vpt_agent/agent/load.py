@@ -1,0 +1,117 @@
+"""From a checkpoint to the parts of an agent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpt_agent.agent.plan import Abilities
+from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.prompt.vpt import Tokenizer
+from vpt_agent.vision.policy import ImagePolicy
+
+if TYPE_CHECKING:
+    import torch
+
+    from vpt_agent.engine.core import LanguageModel
+    from vpt_agent.model import VPTForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an agent is made of."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    policy: ImagePolicy
+    abilities: Abilities
+    max_positions: int
+
+
+def shipped_model() -> Path:
+    """The directory of the small model that ships with the package."""
+    folder = resources.files("vpt_agent") / "weights" / "nano"
+    path = Path(str(folder))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            "this installation lacks the small model that ships with the package",
+            where=path,
+            fix="reinstall vpt-agent, or name a checkpoint",
+        )
+    return path
+
+
+def load_parts(
+    name: str | Path | None,
+    *,
+    device: str,
+    dtype: str,
+    encoders: Sequence[str] | None,
+    say: Callable[[str], None],
+) -> Parts:
+    """Load a checkpoint; see :meth:`PerceptionAgent.from_pretrained`."""
+    say("loading torch and transformers")
+    import torch
+
+    from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
+
+    place = _device(device, torch)
+    path = shipped_model() if name is None else name
+    say(f"reading {path}")
+    kwargs: dict[str, Any] = {} if encoders is None else {"encoders": list(encoders)}
+    model = VPTForConditionalGeneration.from_pretrained(
+        path, dtype=_dtype(dtype, place, torch), **kwargs
+    )
+    processor = VPTProcessor.from_pretrained(path, config=model.config)
+    say(f"moving the model to {place}")
+    model.to(place).eval()
+    return parts_of(model, processor.tokenizer, "nano (shipped)" if name is None else str(name))
+
+
+def parts_of(model: VPTForConditionalGeneration, tokenizer: Tokenizer, name: str) -> Parts:
+    """Parts of a model in memory; its config's ``perception`` says what it can do."""
+    perception = model.config.perception
+    abilities = Abilities(
+        name=name,
+        trigger=perception["trigger"],
+        untrained=tuple(perception.get("untrained", ())),
+        regions=perception["regions"],
+        domain=perception.get("domain", ""),
+        contracts=perception.get("tools", {}),
+    )
+    policy = ImagePolicy.from_manifest(perception["images"])
+    text = model.config.get_text_config()
+    return Parts(model, tokenizer, policy, abilities, text.max_position_embeddings)
+
+
+def _device(device: str, torch_: Any) -> torch.device:
+    if device == "auto":
+        if torch_.cuda.is_available():
+            return torch_.device("cuda")
+        return torch_.device("mps" if torch_.backends.mps.is_available() else "cpu")
+    try:
+        place = torch_.device(device)
+    except RuntimeError as error:
+        raise UserError(
+            "unknown device", got=device, expected="auto, cpu, cuda, cuda:0, mps"
+        ) from error
+    if place.type == "cuda" and not torch_.cuda.is_available():
+        raise UserError(
+            "this machine, or this build of torch, has no CUDA device",
+            got=device,
+            fix="use device='auto' or 'cpu'",
+        )
+    return place
+
+
+def _dtype(dtype: str, place: torch.device, torch_: Any) -> Any:
+    if dtype == "auto":
+        # bf16 arithmetic is a GPU's choice; on a CPU float32 is the exact one.
+        return torch_.float32 if place.type == "cpu" else "auto"
+    known = {"float32", "bfloat16", "float16"}
+    if dtype not in known:
+        raise UserError("unknown dtype", got=dtype, expected=f"auto, {', '.join(sorted(known))}")
+    return getattr(torch_, dtype)

@@ -1,0 +1,163 @@
+"""Checks a question against what the model and its tools can do, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vpt_agent.agent.run import Request
+from vpt_agent.engine.sampling import Sampling
+from vpt_agent.errors import UserError
+from vpt_agent.prompt.vpt import VPTLayout
+from vpt_agent.tokens.table import ResolvedTable
+from vpt_agent.tool import ToolRegistry
+from vpt_agent.types import Limits, View
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a checkpoint says of itself (its manifest, see `vpt-agent inspect`).
+
+    ``trigger``: ``phrase`` if it calls tools only when the question carries the trigger phrase,
+    ``free`` if it chooses. ``untrained`` kinds run but mean nothing. ``contracts`` are the hashes
+    of the tools it was trained with.
+    """
+
+    name: str
+    trigger: str = "free"
+    untrained: tuple[str, ...] = ()
+    regions: str = "published"
+    domain: str = ""
+    contracts: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the trace."""
+        return asdict(self)
+
+
+def plan_request(
+    question: str,
+    views: tuple[View, ...],
+    *,
+    tool_choice: str,
+    limits: Limits,
+    sampling: Sampling,
+    table: ResolvedTable,
+    registry: ToolRegistry,
+    abilities: Abilities,
+    layout: VPTLayout,
+    sources: Mapping[str, bytes],
+    notes: tuple[str, ...] = (),
+) -> Request:
+    """A checked request: kinds offered, kinds required at first, trigger phrase, warnings."""
+    if not isinstance(question, str) or not question.strip():
+        raise UserError("the question is empty", got=repr(question), fix="ask something")
+    callable_kinds = [r.name for r in table.rows if registry.find(r.kind.tool) is not None]
+    first = _required(tool_choice, callable_kinds, table, registry, abilities)
+    offered = [k for k in callable_kinds if k not in abilities.untrained or k in first]
+    if tool_choice == "none":
+        offered = []
+    warnings = [*notes, *_warnings(abilities, table, registry)]
+    warnings += [
+        f"the perception kind {k} of this model was never trained: its result means nothing"
+        for k in first
+        if k in abilities.untrained
+    ]
+    asked = question
+    if abilities.trigger == "phrase":
+        if first:
+            question = layout.with_trigger(question, first[0])
+        elif tool_choice == "auto" and not any(
+            table[k].kind.trigger in question for k in offered if table[k].kind.trigger
+        ):
+            warnings.append(
+                "this model calls its tools only when it is asked to: with tool_choice='auto' and "
+                "no trigger phrase in the question it will hardly ever look again; name a tool in "
+                "tool_choice, or use tool_choice='required'"
+            )
+    if not views and not asked.strip():
+        raise UserError("nothing to answer", got=repr(question))
+    return Request(
+        question=question,
+        views=views,
+        kinds=tuple(offered),
+        first=tuple(first),
+        tool_choice=tool_choice,
+        limits=limits,
+        sampling=sampling,
+        tools=registry.contracts(),
+        model=abilities.to_dict(),
+        sources=sources,
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _required(
+    choice: str,
+    kinds: list[str],
+    table: ResolvedTable,
+    registry: ToolRegistry,
+    abilities: Abilities,
+) -> list[str]:
+    """Kinds of which the first turn must call one."""
+    if choice in ("auto", "none"):
+        return []
+    if choice == "required":
+        trained = [k for k in kinds if k not in abilities.untrained]
+        if not trained:
+            raise UserError(
+                "tool_choice='required', but this model can call no tool",
+                where=abilities.name,
+                fix="register the tools of its kinds, or use tool_choice='auto'",
+            )
+        if abilities.trigger == "phrase":
+            # One phrase can be asked for: the kinds that share the first one's.
+            phrase = table[trained[0]].kind.trigger
+            return [k for k in trained if table[k].kind.trigger == phrase]
+        return trained
+    tool = registry.find(choice)
+    if tool is None:
+        raise UserError(
+            "tool_choice names no tool",
+            got=choice,
+            expected="auto, none, required, or one of: "
+            + ", ".join(sorted(t.name for t in registry)),
+        )
+    own = [k for k in kinds if table[k].kind.tool == tool.name]
+    if not own:
+        raise UserError(
+            "tool_choice names a tool that this model has no perception token for",
+            got=choice,
+            expected=", ".join(table[k].kind.tool for k in kinds) or "no tool at all",
+            fix="use a checkpoint that was trained with it",
+        )
+    return own
+
+
+def _warnings(
+    abilities: Abilities, table: ResolvedTable, registry: ToolRegistry
+) -> list[str]:
+    found = []
+    if abilities.domain:
+        found.append(abilities.domain)
+    spoken = {r.kind.tool for r in table.rows}
+    shipped = {"crop_region", "reencode_clip", "reencode_dino", "reencode_sam"}
+    for tool in registry:
+        if tool.name not in spoken and tool.name not in shipped:
+            found.append(
+                f"the tool {tool.name} has no perception token in this model and is not offered"
+            )
+    for row in table.rows:
+        if registry.find(row.kind.tool) is None:
+            found.append(
+                f"the model knows the kind {row.name}, but its tool {row.kind.tool} "
+                "is not registered"
+            )
+    now = registry.contracts()
+    for name, trained in abilities.contracts.items():
+        if name in now and now[name] != trained:
+            found.append(
+                f"the tool {name} is not the one this model was trained with: its contract changed"
+            )
+    return found

@@ -1,0 +1,261 @@
+"""Writes what a run does into its trace, and counts what it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vpt_agent.engine.decode import Turn
+from vpt_agent.engine.parts import Looked
+from vpt_agent.tokens.grammar import ParseError
+from vpt_agent.trace import (
+    Decoded,
+    ErrorInfo,
+    ImageEncoded,
+    LimitReached,
+    PerceptionAppended,
+    Prefilled,
+    PromptRendered,
+    RunFinished,
+    RunStarted,
+    SpanInfo,
+    ToolCalled,
+    ToolFinished,
+    ToolRejected,
+    Trace,
+    ViewInfo,
+    WarningGiven,
+)
+from vpt_agent.types import (
+    CallError,
+    Limits,
+    RunStatus,
+    Span,
+    ToolCall,
+    ToolResult,
+    Usage,
+    View,
+)
+
+if TYPE_CHECKING:
+    from vpt_agent.engine.session import Session
+
+
+class Decode(Protocol):
+    """Ids to text."""
+
+    def __call__(self, ids: Sequence[int]) -> str: ...
+
+
+class Recorder:
+    """One run's view of a trace: fills in the run's id and turn, keeps usage and warnings."""
+
+    def __init__(self, trace: Trace, run: str, text: Decode) -> None:
+        self.trace, self.run, self.text = trace, run, text
+        self.turn = 0
+        self.usage = Usage()
+        self.warnings: list[str] = []
+        self.began = time.perf_counter()
+        self._sources: dict[str, bytes] = {}
+
+    def seconds(self) -> float:
+        """Wall clock of the run so far."""
+        return time.perf_counter() - self.began
+
+    def _ids(self) -> dict[str, Any]:
+        return {"run": self.run, "turn": self.turn}
+
+    def _view(self, view: View) -> ViewInfo:
+        blob = self.trace.add_picture(view, source=self._sources.get(view.id))
+        return ViewInfo.of(view, blob)
+
+    def _spans(self, spans: Iterable[Span]) -> tuple[SpanInfo, ...]:
+        return tuple(
+            SpanInfo.of(s, "" if s.source == "visual" else self.text(s.ids)) for s in spans
+        )
+
+    def started(
+        self,
+        question: str,
+        views: Sequence[View],
+        *,
+        tool_choice: str,
+        seed: int | None,
+        limits: Limits,
+        tools: Mapping[str, str],
+        model: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+        continues: str | None,
+        sources: Mapping[str, bytes],
+    ) -> None:
+        self._sources = dict(sources)
+        self.trace.emit(
+            RunStarted(
+                **self._ids(),
+                question=question,
+                views=tuple(self._view(v) for v in views),
+                tool_choice=tool_choice,
+                seed=seed,
+                limits=vars(limits),
+                tools=dict(tools),
+                model=dict(model),
+                sampling=dict(sampling),
+                continues=continues,
+            )
+        )
+
+    def warn(self, message: str) -> None:
+        """Say it once, in the answer and in the trace."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self.trace.emit(WarningGiven(**self._ids(), message=message))
+
+    def looked(self, found: Iterable[Looked], kind: str | None = None) -> None:
+        """Pictures became visual tokens, or were found to have been already."""
+        for item in found:
+            if item.reused:
+                self.usage.reused_features += 1
+            else:
+                self.usage.encoder_calls += 1
+                self.usage.pixels += item.view.size[0] * item.view.size[1]
+            self.trace.emit(
+                ImageEncoded(
+                    **self._ids(),
+                    view=item.view.id,
+                    encoder=item.encoder,
+                    kind=kind,
+                    visual_tokens=item.tokens.shape[0],
+                    grid=item.grid or (),
+                    key=item.key,
+                    reused=item.reused,
+                    kernels=item.kernels,
+                    seconds=item.seconds,
+                )
+            )
+
+    def prompt(self, text: str, spans: Sequence[Span]) -> None:
+        self.usage.prompt_tokens += sum(len(s.ids) for s in spans)
+        self.usage.visual_tokens += sum(len(s.ids) for s in spans if s.source == "visual")
+        self.trace.emit(PromptRendered(**self._ids(), text=text, spans=self._spans(spans)))
+
+    def prefilled(self, session: Session, start: int, seconds: float) -> None:
+        self.trace.emit(
+            Prefilled(
+                **self._ids(),
+                tokens=len(session) - start,
+                start=start,
+                next_position=session.next_position,
+                seconds=seconds,
+            )
+        )
+
+    def decoded(self, turn: Turn, seconds: float) -> None:
+        for span in turn.spans:
+            if span.source == "sampled":
+                self.usage.sampled_tokens += len(span.ids)
+            else:
+                self.usage.forced_tokens += len(span.ids)
+        self.trace.emit(
+            Decoded(
+                **self._ids(),
+                spans=self._spans(turn.spans),
+                removed_mass=tuple(turn.removed),
+                stop=turn.stop,
+                seconds=seconds,
+            )
+        )
+
+    def called(self, call: ToolCall) -> None:
+        self.usage.tool_calls += 1
+        control = None if call.control is None else self.trace.add_tensor(call.control)
+        self.trace.emit(
+            ToolCalled(
+                **self._ids(),
+                call_id=call.id,
+                name=call.name,
+                arguments=dict(call.arguments),
+                kind=call.kind,
+                origin=call.origin,
+                tokens=call.tokens,
+                control=control,
+            )
+        )
+
+    def rejected(self, error: ParseError) -> None:
+        self.trace.emit(
+            ToolRejected(
+                **self._ids(),
+                name=error.call,
+                error=ErrorInfo.of(CallError(error.kind, error.message)),
+                tokens=error.tokens,
+            )
+        )
+
+    def finished_call(self, result: ToolResult) -> None:
+        self.trace.emit(
+            ToolFinished(
+                **self._ids(),
+                call_id=result.call_id,
+                name=result.name,
+                ok=result.ok,
+                views=tuple(self._view(v) for v in result.views),
+                text=result.text,
+                structured=result.structured,
+                error=None if result.error is None else ErrorInfo.of(result.error),
+                visual_tokens=0 if result.features is None else result.features.tokens.shape[0],
+                kernels=result.kernels,
+                seconds=result.seconds,
+                metadata=dict(result.metadata),
+            )
+        )
+
+    def appended(
+        self,
+        session: Session,
+        call_ids: Sequence[str],
+        spans: Sequence[Span],
+        start: int,
+        seconds: float,
+    ) -> None:
+        visual = sum(len(s.ids) for s in spans if s.source == "visual")
+        self.usage.visual_tokens += visual
+        self.usage.prompt_tokens += sum(len(s.ids) for s in spans)
+        self.trace.emit(
+            PerceptionAppended(
+                **self._ids(),
+                call_ids=tuple(call_ids),
+                spans=self._spans(spans),
+                visual_tokens=visual,
+                start=start,
+                next_position=session.next_position,
+                seconds=seconds,
+            )
+        )
+
+    def limit(self, limit: str, value: float, allowed: float) -> None:
+        self.trace.emit(
+            LimitReached(**self._ids(), limit=limit, value=float(value), allowed=float(allowed))
+        )
+
+    def finished(
+        self,
+        status: RunStatus,
+        text: str,
+        *,
+        limit: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        self.usage.seconds = self.seconds()
+        usage = {k: float(v) if isinstance(v, float) else int(v) for k, v in self.usage.to_dict().items()}
+        self.trace.emit(
+            RunFinished(
+                **self._ids(),
+                status=status,
+                text=text,
+                usage=usage,
+                warnings=tuple(self.warnings),
+                limit=limit,
+                error=error,
+            )
+        )

@@ -1,0 +1,206 @@
+"""Decoding one assistant turn: free outside a call, constrained by the grammar inside one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vpt_agent.engine.parts import Fed, Feed, Tokens
+from vpt_agent.engine.sampling import Choice, Sampler
+from vpt_agent.engine.session import Session
+from vpt_agent.tokens.grammar import Grammar, GrammarState, ParsedCall, ParseError
+from vpt_agent.types import Span, TokenSource
+
+Stop = Literal["end", "special", "new_tokens", "deadline", "inline"]
+
+
+@dataclass(frozen=True)
+class TurnRules:
+    """What a turn may do.
+
+    ``stop`` are ids that end it (the end of turn first among them: ``end``). ``banned`` ids are
+    never chosen. ``first`` restricts the first token of the turn (tool choice). ``max_calls``
+    more calls may be started; ``max_new_tokens`` more tokens chosen. ``constrained`` False leaves
+    the model free inside calls too: for measuring what the constraint does. ``inline`` kinds end
+    decoding at their call's end, for their result to be appended at once.
+    """
+
+    grammar: Grammar
+    end: int
+    stop: frozenset[int]
+    starts: frozenset[int]
+    max_new_tokens: int
+    max_calls: int
+    banned: frozenset[int] = frozenset()
+    first: frozenset[int] | None = None
+    constrained: bool = True
+    inline: frozenset[str] = frozenset()
+    expired: Callable[[], bool] = lambda: False
+    on_token: Callable[[int, TokenSource], None] | None = None
+
+
+@dataclass(frozen=True)
+class TurnCall:
+    """A call as the grammar read it, with its control states [k, D] if its kind has any."""
+
+    parsed: ParsedCall
+    control: Tensor | None
+    forced_start: bool
+
+
+@dataclass
+class Turn:
+    """What was decoded. ``pending`` ids were chosen but not computed yet: feed them first."""
+
+    spans: list[Span] = field(default_factory=list)
+    items: list[TurnCall | ParseError] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
+    removed: list[float] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    stop: Stop = "end"
+    stop_id: int | None = None
+
+    @property
+    def calls(self) -> list[TurnCall]:
+        return [i for i in self.items if isinstance(i, TurnCall)]
+
+    @property
+    def count(self) -> int:
+        """Tokens chosen in this turn."""
+        return len(self.removed)
+
+
+@dataclass
+class _Chosen:
+    token: int
+    source: TokenSource
+    logprob: float
+    removed: float
+
+
+def decode_turn(
+    session: Session, logits: Tensor, sampler: Sampler, rules: TurnRules
+) -> Generator[Feed, Fed, Turn]:
+    """Decode until the turn ends, a limit is met, or an inline call is complete.
+
+    ``logits`` [vocab] are those that predict the turn's first token.
+    """
+    return (yield from _Decoder(session, logits, sampler, rules).run())
+
+
+class _Decoder:
+    def __init__(self, session: Session, logits: Tensor, sampler: Sampler, rules: TurnRules):
+        self.session, self.sampler, self.rules = session, sampler, rules
+        self.logits: Tensor | None = logits
+        self.state: GrammarState = rules.grammar.start
+        self.turn = Turn()
+        self.chosen: list[_Chosen] = []
+        self.started = 0
+        self.forced_start = False
+
+    def run(self) -> Generator[Feed, Fed, Turn]:
+        while True:
+            if len(self.chosen) >= self.rules.max_new_tokens:
+                return self._finish("new_tokens")
+            if self.rules.expired():
+                return self._finish("deadline")
+            picked = yield from self._pick()
+            self._record(picked)
+            token = picked.token
+            if token in self.rules.stop:
+                return self._finish("end" if token == self.rules.end else "special", token)
+            inside_before = self.state.kind is not None
+            self.state, event = self.rules.grammar.step(self.state, token)
+            if not inside_before and self.state.kind is not None:
+                self.started += 1
+                self.forced_start = picked.source == "forced"
+            elif not inside_before:
+                self.turn.text.append(token)
+            if isinstance(event, ParsedCall):
+                control = yield from self._control(event)
+                self.turn.items.append(TurnCall(event, control, self.forced_start))
+                if event.kind in self.rules.inline:
+                    return self._finish("inline")
+            elif isinstance(event, ParseError):
+                self.turn.items.append(event)
+
+    def _pick(self) -> Generator[Feed, Fed, _Chosen]:
+        rules = self.rules
+        if rules.constrained:
+            forced = rules.grammar.forced(self.state)
+            if forced is not None:
+                if self.logits is None:
+                    return _Chosen(forced, "forced", 0.0, -1.0)  # priced when it is fed
+                p = self.sampler.probability_of(self.logits, forced)
+                return _Chosen(forced, "forced", 0.0, 1.0 - p)
+        if self.logits is None:
+            yield from self._flush()
+        assert self.logits is not None
+        allowed = rules.grammar.allowed(self.state) if rules.constrained else None
+        if not self.chosen and rules.first is not None:
+            allowed = rules.first
+        banned = rules.banned | rules.starts if self.started >= rules.max_calls else rules.banned
+        if allowed is not None and len(allowed) == 1:
+            (only,) = allowed
+            p = self.sampler.probability_of(self.logits, only)
+            return _Chosen(only, "forced", 0.0, 1.0 - p)
+        choice: Choice = self.sampler.choose(self.logits, allowed=allowed, banned=banned)
+        return _Chosen(choice.token, "sampled", choice.logprob, choice.removed)
+
+    def _record(self, picked: _Chosen) -> None:
+        self.chosen.append(picked)
+        self.turn.pending.append(picked.token)
+        self.logits = None
+        if self.rules.on_token is not None:
+            self.rules.on_token(picked.token, picked.source)
+
+    def _flush(self) -> Generator[Feed, Fed, None]:
+        """Compute the pending tokens; price the forced ones among them."""
+        pending = self.turn.pending
+        first = len(self.chosen) - len(pending)
+        unpriced = [
+            i for i in range(1, len(pending)) if self.chosen[first + i].removed < 0
+        ]
+        fed = yield from self.session.feed(
+            [Tokens(tuple(pending))], logits="all" if unpriced else "last"
+        )
+        logits = torch.cat([f.logits for f in fed if f.logits is not None])
+        for i in unpriced:
+            p = self.sampler.probability_of(logits[i - 1], pending[i])
+            self.chosen[first + i].removed = 1.0 - p
+        self.turn.pending = []
+        self.logits = logits[-1]
+
+    def _control(self, call: ParsedCall) -> Generator[Feed, Fed, Tensor | None]:
+        row = self.session.engine.kind_of(call.kind)
+        if row.control is None:
+            return None
+        yield from self._flush()
+        return self.session.take_controls(row.control)
+
+    def _finish(self, stop: Stop, token: int | None = None) -> Turn:
+        turn = self.turn
+        turn.stop, turn.stop_id = stop, token
+        if stop != "inline" and (cut := self.rules.grammar.finish(self.state)) is not None:
+            turn.items.append(cut)
+        turn.removed = [max(0.0, c.removed) for c in self.chosen]
+        turn.spans = _spans(self.chosen)
+        return turn
+
+
+def _spans(chosen: list[_Chosen]) -> list[Span]:
+    """Neighbouring tokens of one source together."""
+    spans: list[Span] = []
+    run: list[_Chosen] = []
+    for item in [*chosen, None]:
+        if run and (item is None or item.source != run[0].source):
+            logprobs = tuple(c.logprob for c in run) if run[0].source == "sampled" else ()
+            spans.append(Span(run[0].source, tuple(c.token for c in run), logprobs=logprobs))
+            run = []
+        if item is not None:
+            run.append(item)
+    return spans
