@@ -224,6 +224,8 @@ def _orientation(image: Image.Image, notes: list[str]) -> Image.Transpose | None
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied grey has no direct way to RGBA
+        image = image.convert("LA")
     layer = image.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
     white.alpha_composite(layer)
