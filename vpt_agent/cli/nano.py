@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from vpt_agent.cli.output import clear_errors, note, print_json
+from vpt_agent.cli.output import clear_errors, note, print_json, writing
 from vpt_agent.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="The world of the model that ships with the package.")
@@ -32,7 +32,8 @@ def scene(
         raise UserError("unknown split", got=split, expected=" or ".join(splits))
     drawn = make_scene(seed, split=cast("Split", split))
     if out is not None:
-        drawn.image.save(out, format="PNG")
+        with writing(out):
+            drawn.image.save(out, format="PNG")
         note("written", str(out))
     facts = drawn.to_json()
     if as_json:

@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -49,6 +50,17 @@ def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(BAD_INPUT if isinstance(error, UserError) else RUN_FAILED) from error
 
     return run
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is written; if the system refuses, that is bad input, and said so."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "the file cannot be written", where=path, got=error.strerror or error
+        ) from error
 
 
 @contextmanager

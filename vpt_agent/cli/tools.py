@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vpt_agent.cli.output import clear_errors, print_json
 
+if TYPE_CHECKING:
+    from vpt_agent.tool import PerceptionTool, ToolRegistry
+
 app = typer.Typer(no_args_is_help=True, help="The perception tools that are installed.")
+
+
+def installed() -> ToolRegistry:
+    """All installed tools. Tests replace this function."""
+    from vpt_agent.tool import ToolRegistry
+
+    return ToolRegistry.from_entry_points()
 
 
 @app.command("list")
@@ -16,7 +26,61 @@ app = typer.Typer(no_args_is_help=True, help="The perception tools that are inst
 def list_tools(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """List the installed tools: name, what each is for, and its arguments."""
-    from vpt_agent.tool import ToolRegistry
+    """List the installed tools: what each is for, its arguments, and whose it is.
 
-    registry = ToolRegistry.from_entry_points()
+    A tool that is installed but does not load is listed with the reason.
+    """
+    registry = installed()
+    if as_json:
+        print_json(_as_json(registry))
+        return
+    for tool in registry:
+        typer.echo(f"{tool.full_name}: {tool.description}")
+        for line in _details(tool):
+            typer.echo(f"    {line}")
+        typer.echo(f"    of {registry.owner(tool.name)}")
+    for broken in registry.failed:
+        typer.echo(f"{broken.name}: does not load: {broken.error}")
+        typer.echo(f"    of {broken.owner}")
+
+
+def _properties(tool: PerceptionTool) -> dict[str, Any]:
+    found = tool.json_schema().get("properties", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _details(tool: PerceptionTool) -> list[str]:
+    lines = [
+        f"{name}: {value.get('description', 'no description')}"
+        for name, value in _properties(tool).items()
+    ]
+    if tool.needs:
+        lines.append(f"needs {', '.join(sorted(tool.needs))}")
+    if tool.extra:
+        lines.append(f"install {tool.extra}")
+    if tool.licence:
+        lines.append(f"licence {tool.licence}")
+    return lines
+
+
+def _as_json(registry: ToolRegistry) -> dict[str, Any]:
+    return {
+        "tools": [
+            {
+                "name": tool.name,
+                "version": tool.version,
+                "description": tool.description,
+                "arguments": tool.json_schema(),
+                "needs": sorted(tool.needs),
+                "extra": tool.extra,
+                "licence": tool.licence,
+                "contract": tool.contract_hash,
+                "owner": registry.owner(tool.name),
+            }
+            for tool in registry
+        ],
+        "failed": [
+            {"name": broken.name, "owner": broken.owner, "error": broken.error}
+            for broken in registry.failed
+        ],
+    }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vpt_agent.cli.output import clear_errors, note
+from vpt_agent.cli.output import clear_errors, note, writing
 
 app = typer.Typer(no_args_is_help=True, help="Read the record of a run.")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder written with --trace.")]
@@ -36,4 +36,7 @@ def html(
     """Write a run as one page that needs no other file."""
     from vpt_agent.trace import Trace
 
-    note("written", str(Trace.read(run).to_html(out)))
+    trace = Trace.read(run)
+    with writing(out):
+        trace.to_html(out)
+    note("written", str(out))
