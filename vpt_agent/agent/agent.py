@@ -7,10 +7,10 @@ happening, :meth:`~PerceptionAgent.run_batch` answers many together, and
 
 from __future__ import annotations
 
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,16 @@ from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
 from vpt_agent.tool import PerceptionTool, ToolRegistry
 from vpt_agent.trace import Event, RunFinished, Trace
-from vpt_agent.types import Answer, Limits, TokenSource
-from vpt_agent.vision.images import ImageSource
+from vpt_agent.types import Answer, Limits, TokenSource, Usage, View
+from vpt_agent.vision.images import Source, load_views
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
     from vpt_agent.model import VPTForConditionalGeneration
 
-Images = ImageSource | Sequence[ImageSource] | None
+Images = Source | Sequence[Source] | None
 TraceTarget = Trace | str | Path | None
+Tools = Sequence[PerceptionTool | type[PerceptionTool]] | ToolRegistry | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class PerceptionAgent:
         name: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        tools: Sequence[PerceptionTool | Callable[..., Any]] | ToolRegistry | None = None,
+        tools: Tools = None,
         *,
         encoders: Sequence[str] | None = None,
         max_cached_tokens: int | None = None,
@@ -134,7 +135,7 @@ class PerceptionAgent:
         cls,
         model: VPTForConditionalGeneration,
         tokenizer: Tokenizer,
-        tools: Sequence[PerceptionTool | Callable[..., Any]] | ToolRegistry | None = None,
+        tools: Tools = None,
         *,
         name: str = "model in memory",
         max_cached_tokens: int | None = None,
@@ -157,7 +158,7 @@ class PerceptionAgent:
     def from_script(
         cls,
         turns: Sequence[str],
-        tools: Sequence[PerceptionTool | Callable[..., Any]] | ToolRegistry | None = None,
+        tools: Tools = None,
         *,
         encoders: Sequence[str] = ("clip", "dino", "sam"),
     ) -> PerceptionAgent:
@@ -245,16 +246,17 @@ class PerceptionAgent:
         for entry in questions:
             q = _question(entry)
             sampling = Sampling(temperature, top_k, top_p, q.seed if q.seed is not None else seed)
-            talk = self.conversation(q.image, trace=q.trace)
+            talk = self.conversation(None, trace=q.trace)
             talks.append(talk)
-            runs.append(
-                _guarded(
-                    talk.steps(
-                        q.text, q.tool_choice or tool_choice, q.limits or limits, sampling
-                    ),
-                    talk.trace,
-                )
+            asked = partial(
+                talk.steps,
+                q.text,
+                q.tool_choice or tool_choice,
+                q.limits or limits,
+                sampling,
+                q.image,
             )
+            runs.append(_guarded(asked, talk.trace))
         try:
             return self.engine.drive(runs)
         finally:
@@ -270,14 +272,10 @@ class Talk:
     """A conversation: :meth:`ask` as often as you like; earlier turns stay in the cache."""
 
     def __init__(self, agent: PerceptionAgent, image: Images, trace: TraceTarget) -> None:
-        from vpt_agent.vision.images import load_pictures
-
         self.agent = agent
-        self._pictures = load_pictures(image, allow_urls=agent.allow_urls)
+        self._given = _load(image, agent.allow_urls, 1)
         self.trace = (
-            trace
-            if isinstance(trace, Trace)
-            else Trace(trace, model=agent.abilities.to_dict())
+            trace if isinstance(trace, Trace) else Trace(trace, model=agent.abilities.to_dict())
         )
         self._state: Conversation | None = None
         self._on_token: Callable[[int, TokenSource], None] | None = None
@@ -361,16 +359,12 @@ class Talk:
         image: Images = None,
     ) -> Steps:
         """The run as a generator for the engine's loop. Checks the request before anything runs."""
-        from vpt_agent.vision.images import load_pictures
-
         agent = self.agent
-        more = load_pictures(
-            image, allow_urls=agent.allow_urls, first=len(self._pictures) + 1
-        )
-        pictures = (*self._pictures, *more) if self._state is None else more
+        more = _load(image, agent.allow_urls, len(self._given.views) + 1)
+        new = self._given.plus(more) if self._state is None else more
         request = plan_request(
             question,
-            tuple(p.view for p in pictures),
+            new.views,
             tool_choice=tool_choice,
             limits=limits or Limits(),
             sampling=sampling,
@@ -378,15 +372,13 @@ class Talk:
             registry=agent.registry,
             abilities=agent.abilities,
             layout=agent.layout,
-            sources={p.view.id: p.data for p in pictures if p.data is not None},
-            notes=tuple(note for p in pictures for note in p.notes),
+            sources=new.bytes,
+            notes=new.notes,
         )
-        self._pictures = (*self._pictures, *more)
+        self._given = self._given.plus(more)
         if self._state is None:
             self._state = Conversation(agent.engine.session())
-        run = f"run_{len(self.trace.runs) + 1}" if self.trace.runs else "run_1"
-        if isinstance(self.trace, Trace) and run in self.trace.runs:
-            run = uuid.uuid4().hex[:8]
+        run = f"run_{len(self.trace.runs) + 1}"
         recorder = Recorder(self.trace, run, lambda ids: agent.layout.raw_text(ids))
         return Run(
             request,
@@ -398,13 +390,43 @@ class Talk:
         ).steps()
 
 
-def _guarded(steps: Steps, trace: Trace) -> Steps:
+@dataclass(frozen=True)
+class _Given:
+    """Pictures of the user: views, the bytes of their files where there are files, notes."""
+
+    views: tuple[View, ...] = ()
+    bytes: Mapping[str, bytes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def plus(self, other: _Given) -> _Given:
+        return _Given(
+            (*self.views, *other.views),
+            {**self.bytes, **other.bytes},
+            (*self.notes, *other.notes),
+        )
+
+
+def _load(images: Images, allow_urls: bool, first: int) -> _Given:
+    if images is None:
+        return _Given()
+    single = isinstance(images, str | Path | bytes) or not isinstance(images, Sequence)
+    sources: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+    notes: list[str] = []
+    views = load_views(sources, first=first, allow_urls=allow_urls, warnings=notes)
+    files = {}
+    for view, source in zip(views, sources, strict=True):
+        if isinstance(source, bytes):
+            files[view.id] = source
+        elif isinstance(source, str | Path) and Path(source).is_file():
+            files[view.id] = Path(source).read_bytes()
+    return _Given(views, files, tuple(notes))
+
+
+def _guarded(steps: Callable[[], Steps], trace: Trace) -> Steps:
     """In a batch an error is one question's answer, not everybody's exception."""
     try:
-        return (yield from steps)
+        return (yield from steps())
     except UserError as error:
-        from vpt_agent.types import Usage
-
         last = trace.events[-1] if trace.events else None
         warnings = last.warnings if isinstance(last, RunFinished) else ()
         return Answer("", (), (), (), Usage(), (*warnings, str(error)), trace, "failed")
@@ -425,7 +447,7 @@ def _question(entry: Question | str | tuple[str, Images]) -> Question:
 
 
 def _registry(
-    tools: Sequence[PerceptionTool | Callable[..., Any]] | ToolRegistry | None,
+    tools: Tools,
 ) -> ToolRegistry:
     if isinstance(tools, ToolRegistry):
         return tools

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from vpt_agent.engine.core import Engine
 from vpt_agent.engine.parts import Look
 from vpt_agent.errors import ModelRetry
 from vpt_agent.kernels import kernel_name
-from vpt_agent.tool import PerceptionTool, ToolContext, ToolRegistry, execute
+from vpt_agent.tokens.grid import RegionPolicy
+from vpt_agent.tool import ToolContext, ToolRegistry, execute
 from vpt_agent.types import (
     Box,
-    CallError,
     ToolCall,
     ToolResult,
     View,
@@ -54,7 +53,7 @@ class Dispatcher:
     """Runs validated calls on threads; one for all runs of an agent."""
 
     def __init__(
-        self, engine: Engine, registry: ToolRegistry, *, regions: str, workers: int = 4
+        self, engine: Engine, registry: ToolRegistry, *, regions: RegionPolicy, workers: int = 4
     ) -> None:
         self.engine, self.registry, self.regions = engine, registry, regions
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vpt-tool")
@@ -90,34 +89,31 @@ class Dispatcher:
         return tuple(self._pool.submit(self._one, call, scope) for call in calls)
 
     def _one(self, call: ToolCall, scope: Scope) -> ToolResult:
-        began = time.perf_counter()
-        found = self.registry.get(call.name)
-        if isinstance(found, CallError):
-            return ToolResult(
-                call.id, call.name, error=found, seconds=time.perf_counter() - began
-            )
         with torch.inference_mode():
-            return execute(found, call, lambda view: self._context(call, scope, view))
+            tool = self.registry.get(call.name)
+            return execute(tool, call, lambda: self._context(call, scope))
 
-    def _context(self, call: ToolCall, scope: Scope, view: View) -> ToolContext:
+    def _context(self, call: ToolCall, scope: Scope) -> ToolContext:
         table = self.engine.table
         count = itertools.count(1)
 
         def crop(parent: View, box: Box) -> View:
             # Named after the call: the same run gives the same names, whatever runs beside it.
-            return crop_view(parent, box, id=f"{call.id}.{next(count)}", origin=call.name)
+            name = f"{call.id}.{next(count)}"
+            root = scope.views.get(parent.root)
+            return crop_view(parent, box, id=name, origin=call.name, root=root)
 
         seed = 0 if scope.seed is None else scope.seed
         return ToolContext(
             views=scope.views,
-            view=view,
-            original=scope.views.get(view.root, view),
+            view=scope.view(None),
             control=call.control,
-            kind=table[call.kind].kind if call.kind in table else None,
+            kind=None if call.kind is None else table[call.kind].kind,
             kinds={row.name: row.kind for row in table.rows},
             regions=self.regions,
             rng=random.Random(f"{seed}:{call.id}"),
             deadline=scope.deadline,
+            device=str(self.engine.device),
             encode=self._encode,
             project=self._project,
             crop=crop,

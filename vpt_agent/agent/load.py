@@ -8,14 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vpt_agent.agent.plan import Abilities
 from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.prompt.vpt import Tokenizer
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
-    import torch
-
     from vpt_agent.engine.core import LanguageModel
     from vpt_agent.model import VPTForConditionalGeneration
 
@@ -54,17 +54,13 @@ def load_parts(
 ) -> Parts:
     """Load a checkpoint; see :meth:`PerceptionAgent.from_pretrained`."""
     say("loading torch and transformers")
-    import torch
-
     from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
 
-    place = _device(device, torch)
+    place = _device(device)
     path = shipped_model() if name is None else name
     say(f"reading {path}")
     kwargs: dict[str, Any] = {} if encoders is None else {"encoders": list(encoders)}
-    model = VPTForConditionalGeneration.from_pretrained(
-        path, dtype=_dtype(dtype, place, torch), **kwargs
-    )
+    model = VPTForConditionalGeneration.from_pretrained(path, dtype=_dtype(dtype, place), **kwargs)
     processor = VPTProcessor.from_pretrained(path, config=model.config)
     say(f"moving the model to {place}")
     model.to(place).eval()
@@ -74,6 +70,12 @@ def load_parts(
 def parts_of(model: VPTForConditionalGeneration, tokenizer: Tokenizer, name: str) -> Parts:
     """Parts of a model in memory; its config's ``perception`` says what it can do."""
     perception = model.config.perception
+    if perception is None:
+        raise CheckpointError(
+            "this model has no perception kinds",
+            where=name,
+            fix="load it with encoders=[...] to make a VPT model of it",
+        )
     abilities = Abilities(
         name=name,
         trigger=perception["trigger"],
@@ -87,18 +89,18 @@ def parts_of(model: VPTForConditionalGeneration, tokenizer: Tokenizer, name: str
     return Parts(model, tokenizer, policy, abilities, text.max_position_embeddings)
 
 
-def _device(device: str, torch_: Any) -> torch.device:
+def _device(device: str) -> torch.device:
     if device == "auto":
-        if torch_.cuda.is_available():
-            return torch_.device("cuda")
-        return torch_.device("mps" if torch_.backends.mps.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        place = torch_.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise UserError(
             "unknown device", got=device, expected="auto, cpu, cuda, cuda:0, mps"
         ) from error
-    if place.type == "cuda" and not torch_.cuda.is_available():
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "this machine, or this build of torch, has no CUDA device",
             got=device,
@@ -107,11 +109,12 @@ def _device(device: str, torch_: Any) -> torch.device:
     return place
 
 
-def _dtype(dtype: str, place: torch.device, torch_: Any) -> Any:
+def _dtype(dtype: str, place: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         # bf16 arithmetic is a GPU's choice; on a CPU float32 is the exact one.
-        return torch_.float32 if place.type == "cpu" else "auto"
+        return torch.float32 if place.type == "cpu" else "auto"
     known = {"float32", "bfloat16", "float16"}
     if dtype not in known:
         raise UserError("unknown dtype", got=dtype, expected=f"auto, {', '.join(sorted(known))}")
-    return getattr(torch_, dtype)
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen

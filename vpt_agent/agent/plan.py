@@ -10,6 +10,7 @@ from vpt_agent.agent.run import Request
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import VPTLayout
+from vpt_agent.tokens.grid import RegionPolicy
 from vpt_agent.tokens.table import ResolvedTable
 from vpt_agent.tool import ToolRegistry
 from vpt_agent.types import Limits, View
@@ -27,7 +28,7 @@ class Abilities:
     name: str
     trigger: str = "free"
     untrained: tuple[str, ...] = ()
-    regions: str = "published"
+    regions: RegionPolicy = "published"
     domain: str = ""
     contracts: Mapping[str, str] = field(default_factory=dict)
 
@@ -135,9 +136,7 @@ def _required(
     return own
 
 
-def _warnings(
-    abilities: Abilities, table: ResolvedTable, registry: ToolRegistry
-) -> list[str]:
+def _warnings(abilities: Abilities, table: ResolvedTable, registry: ToolRegistry) -> list[str]:
     found = []
     if abilities.domain:
         found.append(abilities.domain)

@@ -89,6 +89,7 @@ class Recorder:
         continues: str | None,
         sources: Mapping[str, bytes],
     ) -> None:
+        """The question, its pictures and the settings."""
         self._sources = dict(sources)
         self.trace.emit(
             RunStarted(
@@ -135,11 +136,13 @@ class Recorder:
             )
 
     def prompt(self, text: str, spans: Sequence[Span]) -> None:
+        """What the model is given, before it is computed."""
         self.usage.prompt_tokens += sum(len(s.ids) for s in spans)
         self.usage.visual_tokens += sum(len(s.ids) for s in spans if s.source == "visual")
         self.trace.emit(PromptRendered(**self._ids(), text=text, spans=self._spans(spans)))
 
     def prefilled(self, session: Session, start: int, seconds: float) -> None:
+        """The prompt is in the cache; ``start`` is the first row that was new."""
         self.trace.emit(
             Prefilled(
                 **self._ids(),
@@ -151,6 +154,7 @@ class Recorder:
         )
 
     def decoded(self, turn: Turn, seconds: float) -> None:
+        """A stretch of decoding, with its sources and what the constraint took."""
         for span in turn.spans:
             if span.source == "sampled":
                 self.usage.sampled_tokens += len(span.ids)
@@ -167,6 +171,7 @@ class Recorder:
         )
 
     def called(self, call: ToolCall) -> None:
+        """A complete call."""
         self.usage.tool_calls += 1
         control = None if call.control is None else self.trace.add_tensor(call.control)
         self.trace.emit(
@@ -183,6 +188,7 @@ class Recorder:
         )
 
     def rejected(self, error: ParseError) -> None:
+        """Ids that began a call and are none."""
         self.trace.emit(
             ToolRejected(
                 **self._ids(),
@@ -193,6 +199,7 @@ class Recorder:
         )
 
     def finished_call(self, result: ToolResult) -> None:
+        """The result of a call, or its error."""
         self.trace.emit(
             ToolFinished(
                 **self._ids(),
@@ -218,6 +225,7 @@ class Recorder:
         start: int,
         seconds: float,
     ) -> None:
+        """Results are in the cache."""
         visual = sum(len(s.ids) for s in spans if s.source == "visual")
         self.usage.visual_tokens += visual
         self.usage.prompt_tokens += sum(len(s.ids) for s in spans)
@@ -234,6 +242,7 @@ class Recorder:
         )
 
     def limit(self, limit: str, value: float, allowed: float) -> None:
+        """A limit was met: ``value`` was needed, ``allowed`` was there."""
         self.trace.emit(
             LimitReached(**self._ids(), limit=limit, value=float(value), allowed=float(allowed))
         )
@@ -246,8 +255,11 @@ class Recorder:
         limit: str | None = None,
         error: str | None = None,
     ) -> None:
+        """The outcome; the last event of a run."""
         self.usage.seconds = self.seconds()
-        usage = {k: float(v) if isinstance(v, float) else int(v) for k, v in self.usage.to_dict().items()}
+        usage = {
+            k: float(v) if isinstance(v, float) else int(v) for k, v in self.usage.to_dict().items()
+        }
         self.trace.emit(
             RunFinished(
                 **self._ids(),

@@ -26,9 +26,9 @@ from vpt_agent.types import (
     Answer,
     CallError,
     Limits,
+    TokenSource,
     ToolCall,
     ToolResult,
-    TokenSource,
     View,
 )
 
@@ -165,7 +165,9 @@ class Run:
         fed = yield from self.session.feed([*tail, *parts])
         self.talk.tail = []
         self._count(before)
-        return fed[-1].logits[-1]
+        logits = fed[-1].logits
+        assert logits is not None
+        return logits[-1]
 
     def _count(self, before: tuple[int, int]) -> None:
         self.recorder.usage.forward_tokens += self.session.forward_tokens - before[0]
@@ -194,9 +196,7 @@ class Run:
     def _features(self, slot: FeatureSlot, result: ToolResult) -> Visual:
         assert result.features is not None
         row = self.engine.kind_of(slot.kind)
-        return Visual(
-            row.placeholder, result.features.tokens, None, None, slot.kind, slot.call_id
-        )
+        return Visual(row.placeholder, result.features.tokens, None, None, slot.kind, slot.call_id)
 
     # --- the turns ------------------------------------------------------------------------
 
@@ -342,7 +342,9 @@ class Run:
         ):
             if more and spent + more > allowed:
                 self.recorder.limit(name, spent + more, allowed)
-                error = CallError("limit", f"the limit of {name} is reached: answer with what you have")
+                error = CallError(
+                    "limit", f"the limit of {name} is reached: answer with what you have"
+                )
                 return replace(result, views=(), features=None, text=None, error=error)
         return result
 
@@ -422,4 +424,3 @@ class Run:
             status="answered" if limit is None else "limit",
             limit=limit,
         )
-

@@ -28,6 +28,7 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
+        """Keys and values of one token."""
         return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
 
 
@@ -194,7 +195,10 @@ class PooledCache(Cache):
         if w is None:
             raise InternalError("attention ran outside begin/commit", where="PooledCache.update")
         out = []
-        for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+        for store, new in (
+            (self.keys[layer_idx], key_states),
+            (self.values[layer_idx], value_states),
+        ):
             if w.uniform is not None and isinstance(w.rows, slice):
                 at, n = w.uniform
                 store[w.rows, :, at : at + n] = new

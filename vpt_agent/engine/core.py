@@ -8,7 +8,7 @@ group in one batch, and sends the answers back. Rows at different stages share a
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -36,17 +36,23 @@ class LanguageModel(Protocol):
     """What the engine needs of a model. Shapes: B rows, L new tokens, S cache slots, D width."""
 
     @property
-    def table(self) -> ResolvedTable: ...
+    def table(self) -> ResolvedTable:
+        """The kinds with their ids."""
 
-    def embed_tokens(self, input_ids: Tensor) -> Tensor: ...
+    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+        """The embedding: ids [B, L] to [B, L, D]."""
 
-    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]: ...
+    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
+        """Patches [P, 1176] and grids [N, 3] to N blocks of visual tokens [V, D]."""
 
-    def encode(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]: ...
+    def encode(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Features f [V, D] of each picture for ``kind``."""
 
-    def features_from_base(self, kind: str, tower_tokens: Tensor) -> Tensor: ...
+    def features_from_base(self, kind: str, tower_tokens: Tensor) -> Tensor:
+        """``kind``'s features from the base tower's visual tokens [V, D]."""
 
-    def condition(self, kind: str, features: Tensor, control: Tensor) -> Tensor: ...
+    def condition(self, kind: str, features: Tensor, control: Tensor) -> Tensor:
+        """Features [V, D] conditioned with control states [k, D]."""
 
     def run_language_model(
         self,
@@ -54,11 +60,23 @@ class LanguageModel(Protocol):
         position_ids: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Final-norm hidden states [B, L, D]; the cache is written in place."""
 
-    def compute_logits(self, hidden: Tensor) -> Tensor: ...
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of hidden states [..., D]."""
 
-    def kv_shape(self) -> tuple[int, int, int, torch.dtype, torch.device]: ...
+    @property
+    def config(self) -> Any:
+        """A config with ``get_text_config()``: layers, heads, widths."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
 
 
 @dataclass
@@ -103,7 +121,7 @@ class Engine:
         self.controls = model.table.controls
         self.control_ids = model.table.control_ids
         self.max_positions = max_positions
-        self.cache = PooledCache(KVShape(*model.kv_shape()), max_tokens=max_cached_tokens)
+        self.cache = PooledCache(kv_shape(model), max_tokens=max_cached_tokens)
         self.device = self.cache.shape.device
         self.features = FeatureStore(model, policy, self.device, capacity=feature_cache)
         self.counters = Counters()
@@ -186,7 +204,11 @@ class Engine:
             wait([f for e in on_tools for f in e.want.futures], return_when=FIRST_COMPLETED)
         ready = [e for e in on_tools if all(f.done() for f in e.want.futures)]
         for entry in ready:
-            self._advance(entry, [f.result() for f in entry.want.futures])
+            broken = next((e for f in entry.want.futures if (e := f.exception())), None)
+            if broken is not None:  # the user's or our fault: that run's, not everybody's
+                self._throw(entry, broken)
+            else:
+                self._advance(entry, [f.result() for f in entry.want.futures])
         return bool(ready) or len(on_tools) == len(waiting)
 
     @staticmethod
@@ -198,7 +220,7 @@ class Engine:
             entry.result, entry.finished = stop.value, True
 
     @staticmethod
-    def _throw(entry: _Live, error: Exception) -> None:
+    def _throw(entry: _Live, error: BaseException) -> None:
         try:
             entry.want = entry.run.throw(error)
         except StopIteration as stop:
@@ -247,7 +269,7 @@ class Engine:
             for offset, tokens in feed.block.visual:
                 index.append(torch.arange(tokens.shape[0]) + b * width + offset)
                 features.append(tokens)
-        embeds = self.model.embed_tokens(ids.to(self.device))  # [B, L, D]
+        embeds = self.model.get_input_embeddings()(ids.to(self.device))  # [B, L, D]
         if features:
             embeds = splice(
                 embeds,
@@ -293,3 +315,12 @@ def _groups(waiting: Sequence[_Live]) -> list[list[_Live]]:
         else:
             groups.append([entry])
     return [sorted(g, key=lambda e: e.want.session.row) for g in groups]
+
+
+def kv_shape(model: LanguageModel) -> KVShape:
+    """What one cached token of ``model`` is made of, read from its text config."""
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return KVShape(
+        text.num_hidden_layers, text.num_key_value_heads, head_dim, model.dtype, model.device
+    )

@@ -66,6 +66,7 @@ class Turn:
 
     @property
     def calls(self) -> list[TurnCall]:
+        """The complete calls among the items."""
         return [i for i in self.items if isinstance(i, TurnCall)]
 
     @property
@@ -162,9 +163,7 @@ class _Decoder:
         """Compute the pending tokens; price the forced ones among them."""
         pending = self.turn.pending
         first = len(self.chosen) - len(pending)
-        unpriced = [
-            i for i in range(1, len(pending)) if self.chosen[first + i].removed < 0
-        ]
+        unpriced = [i for i in range(1, len(pending)) if self.chosen[first + i].removed < 0]
         fed = yield from self.session.feed(
             [Tokens(tuple(pending))], logits="all" if unpriced else "last"
         )

@@ -62,14 +62,14 @@ class FeatureStore:
         seconds: dict[str, float] = {}
         for source, views in missing.items():
             began = time.perf_counter()
-            for key, entry in zip(
-                views, self._compute(source, list(views.values())), strict=True
-            ):
+            for key, entry in zip(views, self._compute(source, list(views.values())), strict=True):
                 at_hand[key] = entry
             for key in views:
                 seconds[key] = (time.perf_counter() - began) / len(views)
         fresh = {key for views in missing.values() for key in views}
-        answers = [[self._answer(look, v, at_hand, fresh, seconds) for v in look.views] for look in looks]
+        answers = [
+            [self._answer(look, v, at_hand, fresh, seconds) for v in look.views] for look in looks
+        ]
         for key, entry in at_hand.items():
             self._kept[key] = entry
             self._kept.move_to_end(key)
@@ -122,6 +122,7 @@ class FeatureStore:
     def _pixels(self, kind: PerceptionKind, view: View) -> Tensor:
         """Encoder input [3, side, side] of a view."""
         make = {"dino": dino_pixels, "sam": sam_pixels}[kind.encoder]
+        policy = self.policy if self.policy.kind == "published" else None
         if kind.input_size is None:
-            return make(view, published=self.policy.kind == "published")
-        return make(view, kind.input_size, published=self.policy.kind == "published")
+            return make(view, policy)
+        return make(view, policy, size=kind.input_size)

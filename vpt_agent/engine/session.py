@@ -98,7 +98,13 @@ class Session:
                 for token in part.ids:
                     if token in self.engine.control_ids:
                         if block.ids:
-                            done.append((yield from self._run(block, "none" if logits == "last" else logits)))
+                            done.append(
+                                (
+                                    yield from self._run(
+                                        block, "none" if logits == "last" else logits
+                                    )
+                                )
+                            )
                             block = _Builder(self.next_position)
                         block.control(token, self._take_control(token))
                     else:
@@ -110,7 +116,9 @@ class Session:
         if block.ids:
             done.append((yield from self._run(block, logits)))
         if not done:
-            raise UserError("nothing to append", where="Session.feed", expected="at least one token")
+            raise UserError(
+                "nothing to append", where="Session.feed", expected="at least one token"
+            )
         return done
 
     def _run(self, block: _Builder, logits: str) -> Generator[Feed, Fed, Fed]:

@@ -8,6 +8,7 @@ it looks at has no influence on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,13 +42,16 @@ class ScriptedTokenizer:
         return self._offset + 256
 
     def get_added_vocab(self) -> dict[str, int]:
+        """Added tokens to ids."""
         return dict(self._added)
 
     def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Id of an added token, or None."""
         return self._added.get(tokens)
 
     @property
     def all_special_ids(self) -> list[int]:
+        """Ids that ``skip_special_tokens`` leaves out."""
         return sorted(self._special)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -64,6 +68,7 @@ class ScriptedTokenizer:
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Ids to text; bytes that are no UTF-8 become replacement characters."""
         out = b""
         for i in token_ids:
             if i >= self._offset:
@@ -71,6 +76,21 @@ class ScriptedTokenizer:
             elif not (skip_special_tokens and i in self._special):
                 out += self._names[i].encode()
         return out.decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class ScriptedConfig:
+    """One layer, one head, one number: the cache holds the ids of each row."""
+
+    num_hidden_layers: int = 1
+    num_key_value_heads: int = 1
+    num_attention_heads: int = 1
+    hidden_size: int = 1
+    head_dim: int = 1
+
+    def get_text_config(self) -> ScriptedConfig:
+        """Itself: there is no other part."""
+        return self
 
 
 class ScriptedModel:
@@ -93,6 +113,8 @@ class ScriptedModel:
             raise UserError("a script needs at least one turn", where="ScriptedModel")
         table = table or PerceptionTable.published(encoders)
         self.tokenizer = ScriptedTokenizer(table)
+        self.config = ScriptedConfig()
+        self.dtype, self.device = torch.float32, torch.device("cpu")
         self._table = table.resolve(self.tokenizer.convert_tokens_to_ids)
         self.visual_tokens = visual_tokens
         self._end = self.tokenizer.encode(IM_END)[0]
@@ -107,11 +129,12 @@ class ScriptedModel:
         """The kinds it can spell."""
         return self._table
 
-    def kv_shape(self) -> tuple[int, int, int, torch.dtype, torch.device]:
-        """One layer, one head, one number: the ids of the row."""
-        return 1, 1, 1, torch.float32, torch.device("cpu")
+    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+        """The embedding of ids, as transformers' models have it."""
+        return self._embed
 
-    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+    @staticmethod
+    def _embed(input_ids: Tensor) -> Tensor:
         """[B, L] to [B, L, 4]: the id, and zeros."""
         out = torch.zeros(*input_ids.shape, WIDTH)
         out[..., 0] = input_ids.float()
@@ -123,9 +146,7 @@ class ScriptedModel:
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
         """As many visual tokens as the grids say: [t*h*w/4, 4] each."""
         self.encoder_calls += ["base"] * len(grid_thw)
-        return tuple(
-            torch.full((int(g.prod()) // 4, WIDTH), VISUAL) for g in grid_thw
-        )
+        return tuple(torch.full((int(g.prod()) // 4, WIDTH), VISUAL) for g in grid_thw)
 
     def encode(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]:
         """``visual_tokens`` features for each picture."""
@@ -179,9 +200,7 @@ class ScriptedModel:
 
     def _from_script(self, row: Sequence[int]) -> int:
         n = len(self._opening)
-        opened = [
-            i + n for i in range(len(row) - n + 1) if list(row[i : i + n]) == self._opening
-        ]
+        opened = [i + n for i in range(len(row) - n + 1) if list(row[i : i + n]) == self._opening]
         if not opened:
             return self._end
         turn = self._turns[min(len(opened), len(self._turns)) - 1]

@@ -27,16 +27,21 @@ SYSTEM = "You are a helpful assistant."
 class Tokenizer(Protocol):
     """What is needed of a tokenizer: transformers' ones have it."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Text to ids; spelled added tokens become their own ids."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str:
+        """Ids to text."""
 
-    def get_added_vocab(self) -> dict[str, int]: ...
+    def get_added_vocab(self) -> dict[str, int]:
+        """Added tokens to ids."""
 
-    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Id of one token, or None."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
 
 
 @dataclass(frozen=True)
