@@ -13,11 +13,13 @@ NAMES = sorted(set(vpt_agent.__all__) - {"__version__"})
 
 
 def own_methods(cls: type) -> list[tuple[str, Any]]:
-    """Public methods and properties that the class defines itself."""
+    """Public methods and properties that the class defines itself; fields are no methods."""
+    fields = vars(cls).get("__annotations__", {})
     return [
         (name, value)
         for name, value in vars(cls).items()
         if not name.startswith("_")
+        and name not in fields
         and (inspect.isfunction(value) or isinstance(value, property | classmethod | staticmethod))
     ]
 
