@@ -145,17 +145,40 @@ def _check_boxes(boxes: Tensor, image: Tensor, where: str) -> None:
         )
 
 
-def _rows(values: Rows | Stages, columns: int, count: int | None, name: str) -> Tensor:
-    rows = torch.as_tensor(values, dtype=torch.int64).cpu()
-    fits = rows.dim() == 2 and rows.shape[1] == columns and count in (None, rows.shape[0])
+def _rows(values: Rows, columns: int, count: int | None, name: str) -> Tensor:
+    # An empty list has no columns to speak of.
+    given = values if len(values) else torch.zeros(0, columns)
+    rows = torch.as_tensor(given, dtype=torch.int64).cpu()
     require(
-        fits,
+        rows.dim() == 2 and rows.shape[1] == columns and count in (None, rows.shape[0]),
         f"{name} has another shape",
         where="kernels.look",
         got=tuple(rows.shape),
         expected=f"[{'R' if count is None else count}, {columns}]",
     )
     return rows
+
+
+def _stages(values: Stages | None, count: int) -> Tensor | None:
+    if values is None or count == 0:
+        return None
+    given = torch.as_tensor(values, dtype=torch.int64).cpu()
+    stages = given[:, None] if given.dim() == 2 else given  # [R, S, 2]
+    require(
+        stages.dim() == 3 and stages.shape[0] == count and stages.shape[2] == 2,
+        "pre_sizes has another shape",
+        where="kernels.look",
+        got=tuple(given.shape),
+        expected=f"[{count}, 2] or [{count}, S, 2]",
+    )
+    require(
+        stages.numel() == 0 or int(stages.min()) > 0,
+        "a size before the resize is empty",
+        where="kernels.look",
+        got=given.tolist(),
+        expected="1 pixel or more",
+    )
+    return stages
 
 
 def look(
@@ -185,29 +208,9 @@ def look(
     where = "kernels.look"
     _check_image(image, where)
     kernel_name("look", image)
-    box_rows = (
-        _rows(boxes, 4, None, "boxes") if len(boxes) else torch.zeros(0, 4, dtype=torch.int64)
-    )
-    count = len(box_rows)
-    size_rows = _rows(sizes, 2, count, "sizes") if count else torch.zeros(0, 2, dtype=torch.int64)
-    stages: Tensor | None = None
-    if pre_sizes is not None and count:
-        given = torch.as_tensor(pre_sizes, dtype=torch.int64).cpu()
-        stages = given[:, None] if given.dim() == 2 else given  # [R, S, 2]
-        require(
-            stages.dim() == 3 and stages.shape[0] == count and stages.shape[2] == 2,
-            "pre_sizes has another shape",
-            where=where,
-            got=tuple(given.shape),
-            expected=f"[{count}, 2] or [{count}, S, 2]",
-        )
-        require(
-            stages.numel() == 0 or int(stages.min()) > 0,
-            "a size before the resize is empty",
-            where=where,
-            got=given.tolist(),
-            expected="1 pixel or more",
-        )
+    box_rows = _rows(boxes, 4, None, "boxes")
+    size_rows = _rows(sizes, 2, len(box_rows), "sizes")
+    stages = _stages(pre_sizes, len(box_rows))
     _check_boxes(box_rows, image, where)
     step = patch * merge
     for height, width in size_rows.tolist():
