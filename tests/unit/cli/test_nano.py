@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from vpt_agent import PerceptionAgent
 from vpt_agent.cli import app
+from vpt_agent.cli import ask as ask_module
+from vpt_agent.tool import ToolRegistry
 
 
 def scene(*options: str) -> Result:
@@ -54,3 +58,31 @@ def test_a_folder_that_is_not_there_exits_2(tmp_path: Path) -> None:
     result = scene("--out", str(tmp_path / "no" / "scene.png"))
     assert result.exit_code == 2
     assert "error: the file cannot be written" in result.stderr
+
+
+@pytest.fixture
+def knows_one_answer(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An agent that answers every question with what is right for the first scene only."""
+    from vpt_agent.nano.agent_eval import FIRST_SEED
+    from vpt_agent.nano.scene import make_scene
+
+    right = make_scene(FIRST_SEED).questions[0].answer
+    agent = PerceptionAgent.from_script([right], tools=ToolRegistry(), encoders=())
+    monkeypatch.setattr(ask_module, "load_agent", lambda *_, **__: agent)
+    return right
+
+
+def test_eval_counts_right_answers(knows_one_answer: str) -> None:
+    words = ["nano", "eval", "--scenes", "2", "--batch", "1"]
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert told["scenes"] == 2
+    assert told["exact_match"] == 0.5
+    assert told["looked"] == 0
+    lines = CliRunner().invoke(app, words).stdout.splitlines()
+    assert "exact match: 0.5" in lines
+
+
+def test_eval_checks_the_split_before_it_loads(knows_one_answer: str) -> None:
+    result = CliRunner().invoke(app, ["nano", "eval", "--split", "test"])
+    assert result.exit_code == 2
+    assert "error: unknown split" in result.stderr
