@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from vpt_agent.engine.parts import Look, Looked
+from vpt_agent.kernels import kernel_name
 from vpt_agent.tokens.table import PerceptionKind
 from vpt_agent.types import View
 from vpt_agent.vision.encoders import dino_pixels, sam_pixels
 from vpt_agent.vision.patches import look as look_at
+from vpt_agent.vision.patches import pixels_of
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
@@ -117,7 +119,8 @@ class FeatureStore:
             ]
         kind = self.model.table[source].kind
         pixels = torch.stack([self._pixels(kind, v) for v in views]).to(self.device)
-        return [_Entry(t, None, ()) for t in self.model.encode(source, pixels=pixels)]
+        names = (kernel_name("pixels", pixels_of(views[0])),)
+        return [_Entry(t, None, names) for t in self.model.encode(source, pixels=pixels)]
 
     def _pixels(self, kind: PerceptionKind, view: View) -> Tensor:
         """Encoder input [3, side, side] of a view."""
