@@ -99,7 +99,7 @@ def generate(session: Session, parts: list[Part], steps: int, forced: dict[int, 
 
 @pytest.mark.parametrize(("variant", "case"), CASES)
 def test_greedy_session_equals_the_release(
-    variant: str, case: str, record_property: Callable[[str, object], None]
+    variant: str, case: str, figures: Callable[..., None]
 ) -> None:
     files = golden(variant)
     model = model_of(variant)
@@ -122,7 +122,14 @@ def test_greedy_session_equals_the_release(
     assert [ids for ids, _ in got] == wanted_ids
     logits = torch.stack([logits[: wanted.shape[1]] for _, logits in got])
     difference = (logits - wanted).abs().max().item()
-    record_property("parity", f"generation {files.meta['settings']['enc']} {difference:.2e}")
+    released = files.meta["cases"][case]["lm_tokens_total"]
+    figures(
+        "generation: largest difference of logits, and positions computed",
+        case=f"{variant}/{case}",
+        logits=difference,
+        positions=engine.counters.tokens,
+        published=released,
+    )
     assert difference < 1e-4
     # One pass where the release made two (its padded positions counted in its favour).
-    assert 2 * engine.counters.tokens <= files.meta["cases"][case]["lm_tokens_total"]
+    assert 2 * engine.counters.tokens <= released

@@ -100,7 +100,10 @@ class Dispatcher:
         def crop(parent: View, box: Box) -> View:
             # Named after the call: the same run gives the same names, whatever runs beside it.
             name = f"{call.id}.{next(count)}"
-            root = scope.views.get(parent.root)
+            # A view at the original's resolution is cut as it is (it may be drawn on); one that
+            # was resized has lost pixels, so its original is cut instead.
+            resized = parent.size != (parent.box.width, parent.box.height)
+            root = scope.views.get(parent.root) if resized else None
             return crop_view(parent, box, id=name, origin=call.name, root=root)
 
         seed = 0 if scope.seed is None else scope.seed

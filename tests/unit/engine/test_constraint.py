@@ -57,9 +57,7 @@ def turns(kit: Kit, kind: str, count: int, **changes: object) -> list:
 
 
 @pytest.mark.slow
-def test_forced_region_calls_are_always_valid(
-    one: Kit, record_property: Callable[[str, object], None]
-) -> None:
+def test_forced_region_calls_are_always_valid(one: Kit, figures: Callable[..., None]) -> None:
     done = turns(one, "region", CALLS)
     regions = [c.parsed.arguments["region"] for turn in done for c in turn.calls]
     assert len(regions) == CALLS
@@ -72,10 +70,12 @@ def test_forced_region_calls_are_always_valid(
     invalid = sum(not turn.calls for turn in free) / len(free)
     mass = [m for turn in done for m in turn.removed[1:6]]
     removed = sum(mass) / len(mass)
-    record_property(
-        "parity",
-        f"constraint: {CALLS} forced regions valid; unconstrained {invalid:.0%} invalid; "
-        f"mean mass removed {removed:.3f}",
+    figures(
+        "region calls on random weights",
+        forced=CALLS,
+        valid=len(regions),
+        unconstrained_invalid_share=invalid,
+        mean_mass_removed=removed,
     )
     assert 0 < removed <= 1
     assert invalid > 0.5
