@@ -34,15 +34,17 @@ class KVShape:
 
 @dataclass(frozen=True)
 class _Write:
-    """Where the tokens of the forward in progress go."""
+    """Where the tokens of the forward in progress go.
+
+    ``uniform`` is (write index, length) where all rows are neighbours and agree: one slice is
+    written. Otherwise ``scatter`` names each real token [T]: its batch index, its index in the
+    block, its pool row and its slot.
+    """
 
     rows: Tensor | slice  # [B] pool rows, or a slice when they are neighbours
-    uniform: tuple[int, int] | None  # (write index, length) if all rows agree
-    batch: Tensor  # [T] batch index of each real token
-    local: Tensor  # [T] its index in the block
-    row: Tensor  # [T] its pool row
-    slot: Tensor  # [T] its slot
     width: int  # slots that the attention sees
+    uniform: tuple[int, int] | None
+    scatter: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
 class PooledCache(Cache):
@@ -146,19 +148,11 @@ class PooledCache(Cache):
         device = self.shape.device
         length = max(counts)
         same = len(set(starts)) == 1 and len(set(counts)) == 1
-        batch = [b for b, n in enumerate(counts) for _ in range(n)]
-        local = [i for n in counts for i in range(n)]
-        self._write = _Write(
-            rows=_as_slice(rows, device),
-            uniform=(starts[0], length) if same else None,
-            batch=torch.tensor(batch, device=device),
-            local=torch.tensor(local, device=device),
-            row=torch.tensor([rows[b] for b in batch], device=device),
-            slot=torch.tensor(
-                [starts[b] + i for b, i in zip(batch, local, strict=True)], device=device
-            ),
-            width=width,
-        )
+        where = _as_slice(rows, device)
+        if same and isinstance(where, slice):
+            self._write = _Write(where, width, (starts[0], length), None)
+        else:
+            self._write = _Write(where, width, None, _scatter(rows, starts, counts, device))
         if same and (length == 1 or starts[0] == 0):
             return None
         start = torch.tensor(starts, device=device)[:, None, None]  # [B, 1, 1]
@@ -199,12 +193,13 @@ class PooledCache(Cache):
             (self.keys[layer_idx], key_states),
             (self.values[layer_idx], value_states),
         ):
-            if w.uniform is not None and isinstance(w.rows, slice):
+            if w.uniform is not None:
                 at, n = w.uniform
                 store[w.rows, :, at : at + n] = new
-            else:
+            elif w.scatter is not None:
+                batch, local, row, slot = w.scatter
                 # [T, heads, head_dim] on both sides
-                store[w.row, :, w.slot] = new.transpose(1, 2)[w.batch, w.local].to(store.dtype)
+                store[row, :, slot] = new.transpose(1, 2)[batch, local].to(store.dtype)
             out.append(store[w.rows, :, : w.width])
         return out[0], out[1]
 
@@ -224,3 +219,13 @@ def _as_slice(rows: list[int], device: torch.device) -> Tensor | slice:
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows, device=device)
+
+
+def _scatter(
+    rows: list[int], starts: list[int], counts: list[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch index, block index, pool row and slot of each real token of a ragged block."""
+    tokens = [(b, i) for b, n in enumerate(counts) for i in range(n)]
+    columns = [(b, i, rows[b], starts[b] + i) for b, i in tokens]
+    batch, local, row, slot = torch.tensor(columns, device=device).unbind(1)
+    return batch, local, row, slot

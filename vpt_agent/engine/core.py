@@ -133,7 +133,8 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty session."""
-        return Session(self, self.cache.allocate())
+        with self.lock:
+            return Session(self, self.cache.allocate())
 
     # --- the loop -------------------------------------------------------------------------
 
