@@ -1,0 +1,44 @@
+"""Objects that entry points of the tests name."""
+
+from __future__ import annotations
+
+from vpt_agent.tool import PerceptionTool, ToolContext, perception_tool
+
+
+@perception_tool
+def good(n: int) -> str:
+    """Say a number."""
+    return str(n)
+
+
+@perception_tool(name="good", version=2)
+def good_2(n: int) -> str:
+    """Say a number better."""
+    return str(n)
+
+
+@perception_tool(name="good")
+def rival(n: int) -> str:
+    """Say another number."""
+    return str(-n)
+
+
+class Stateful(PerceptionTool):
+    """Keep a number."""
+
+    name = "stateful"
+    closed = False
+
+    def run(self, arguments: object, context: ToolContext) -> str:
+        return "1"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def plain(n: int) -> str:
+    """Say a number plainly."""
+    return str(n)
+
+
+not_a_tool = 7

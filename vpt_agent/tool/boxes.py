@@ -1,0 +1,48 @@
+"""Types of arguments that are boxes: each says its frame, and the model reads it in the schema.
+
+A box is four numbers: left, top, right, bottom. A tool that takes several at once uses
+``GridBoxes``, ``PixelBoxes`` or ``Norm1000Boxes``: the model may write one box or a list of them,
+the tool gets a list. :mod:`vpt_agent.vision.frames` converts between the frames.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+MOST_BOXES = 16
+"""How many boxes one call may name."""
+
+_GRID = "[x_min, y_min, x_max, y_max], cells of the region grid, all inclusive"
+_PIXEL = "[left, top, right, bottom] in pixels of the source view"
+_NORM = "[left, top, right, bottom], 0 to 1000 of the source view's width and height"
+
+GridBox = Annotated[list[int], Field(min_length=4, max_length=4, description=_GRID)]
+"""``[x_min, y_min, x_max, y_max]``: cells of a k x k grid on the source view, inclusive."""
+
+PixelBox = Annotated[list[float], Field(min_length=4, max_length=4, description=_PIXEL)]
+"""``[left, top, right, bottom]`` in pixels of the source view, right and bottom exclusive."""
+
+Norm1000Box = Annotated[list[float], Field(min_length=4, max_length=4, description=_NORM)]
+"""``[left, top, right, bottom]``, each 0 to 1000 of the source view's width or height."""
+
+
+def _as_list(value: object) -> object:
+    """One box as a list of one box. Anything else is left for pydantic to judge."""
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], list | tuple):
+        return [value]
+    return value
+
+
+def _schema(item: str, description: str) -> WithJsonSchema:
+    box = {"type": "array", "items": {"type": item}, "minItems": 4, "maxItems": 4}
+    several = {"type": "array", "items": box, "minItems": 1, "maxItems": MOST_BOXES}
+    return WithJsonSchema({"anyOf": [box, several], "description": f"{description}; or a list"})
+
+
+_SEVERAL = Field(min_length=1, max_length=MOST_BOXES)
+_ONE_OR_MORE = BeforeValidator(_as_list)
+GridBoxes = Annotated[list[GridBox], _SEVERAL, _ONE_OR_MORE, _schema("integer", _GRID)]
+PixelBoxes = Annotated[list[PixelBox], _SEVERAL, _ONE_OR_MORE, _schema("number", _PIXEL)]
+Norm1000Boxes = Annotated[list[Norm1000Box], _SEVERAL, _ONE_OR_MORE, _schema("number", _NORM)]

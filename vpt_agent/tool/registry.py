@@ -1,0 +1,188 @@
+"""The tools of an agent: an object that is passed in, never a global."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from vpt_agent.errors import ToolDefinitionError, UserError
+from vpt_agent.tool.define import Function, perception_tool
+from vpt_agent.tool.spec import PerceptionTool, check_definition
+from vpt_agent.tool.text import one_line
+from vpt_agent.types import CallError
+
+ToolLike = PerceptionTool | type[PerceptionTool] | Function
+"""What can be added: a tool, a class of one (made without arguments), or a plain function."""
+
+GROUP = "vpt_agent.tools"
+"""The entry point group in which packages declare their tools."""
+
+
+@dataclass(frozen=True)
+class FailedTool:
+    """A tool of an installed package that did not load: ``error`` in one line, ``detail`` whole."""
+
+    name: str
+    owner: str
+    error: str
+    detail: str
+
+
+class ToolRegistry:
+    """Tools by name. Adding is all or nothing, and a name that is taken is an error.
+
+    Several versions of a tool may stand side by side; the plain name means the newest one, and
+    iterating gives the newest of each.
+    """
+
+    def __init__(self, tools: Iterable[ToolLike] = ()) -> None:
+        self._tools: dict[str, PerceptionTool] = {}
+        self._owners: dict[str, str] = {}
+        self.failed: tuple[FailedTool, ...] = ()
+        """What :meth:`from_entry_points` could not load."""
+        self.add_all(tools)
+
+    @classmethod
+    def from_entry_points(cls, group: str = GROUP) -> ToolRegistry:
+        """The tools of all installed packages, ours among them, in order of their names.
+
+        A tool that fails to load is kept in :attr:`failed` and reported when it is asked for; two
+        packages with one name are a :class:`ToolDefinitionError`.
+        """
+        registry = cls()
+        failed: list[FailedTool] = []
+        found: list[tuple[PerceptionTool, str]] = []
+        for point in sorted(entry_points(group=group), key=lambda p: (p.name, p.value)):
+            owner = _entry_owner(point)
+            try:
+                found.append((_as_tool(point.load(), owner), owner))
+            except Exception as error:
+                # A stranger's package can fail in any way; it must not take the others with it.
+                detail = "".join(traceback.format_exception(error))
+                line = one_line(f"{type(error).__name__}: {error}")
+                failed.append(FailedTool(point.name, owner, line, detail))
+        registry._add(found)
+        registry.failed = tuple(failed)
+        return registry
+
+    def add(self, tool: ToolLike) -> PerceptionTool:
+        """Add one tool and give it back. A plain function becomes a tool."""
+        made = _as_tool(tool, None)
+        self._add([(made, made.owner)])
+        return made
+
+    def add_all(self, tools: Iterable[ToolLike]) -> None:
+        """Add all of ``tools``, or none if one of them cannot be added."""
+        made = [_as_tool(tool, None) for tool in tools]
+        self._add([(tool, tool.owner) for tool in made])
+
+    def _add(self, new: Iterable[tuple[PerceptionTool, str]]) -> None:
+        tools, owners = dict(self._tools), dict(self._owners)
+        for tool, owner in new:
+            name = tool.full_name
+            if name in tools:
+                raise ToolDefinitionError(
+                    f"two tools are called {name}",
+                    where=f"{owners[name]} and {owner}",
+                    fix="rename one of them, raise its version, or leave one out: "
+                    "ToolRegistry([...]) takes just the tools that you name",
+                )
+            tools[name], owners[name] = tool, owner
+        self._tools, self._owners = tools, owners
+
+    def find(self, name: str) -> PerceptionTool | None:
+        """The tool of this name (``crop_region`` or ``crop_region@1``), or None."""
+        if name in self._tools:
+            return self._tools[name]
+        versions = [tool for tool in self._tools.values() if tool.name == name]
+        return max(versions, key=lambda tool: tool.version, default=None)
+
+    def get(self, name: str) -> PerceptionTool | CallError:
+        """The tool that a call names, or the error that the model is told."""
+        tool = self.find(name)
+        if tool is not None:
+            return tool
+        said = one_line(name, 60)
+        for failed in self.failed:
+            if failed.name == name:
+                message = f"the tool {said} is installed but did not load"
+                return CallError("unknown_tool", message, f"{failed.owner}\n{failed.detail}")
+        names = [tool.name for tool in self]
+        close = difflib.get_close_matches(said, names, n=3)
+        hint = f"did you mean {' or '.join(close)}" if close else f"tools: {', '.join(names[:20])}"
+        return CallError("unknown_tool", f"there is no tool {said!r}; {hint}")
+
+    def __getitem__(self, name: str) -> PerceptionTool:
+        """The tool that a user names. Raises :class:`UserError`, or
+        :class:`ToolDefinitionError` if it is installed but did not load."""
+        tool = self.find(name)
+        if tool is not None:
+            return tool
+        for failed in self.failed:
+            if failed.name == name:
+                raise ToolDefinitionError(
+                    "this tool is installed but did not load",
+                    where=failed.owner,
+                    got=failed.error,
+                    fix="mend or uninstall the package",
+                )
+        raise UserError(
+            "there is no such tool",
+            got=name,
+            expected=", ".join(tool.name for tool in self) or "none: the registry is empty",
+            fix="add it to the registry, or install the package that has it",
+        )
+
+    def owner(self, name: str) -> str:
+        """Where a tool comes from: module and name, and the package that was installed."""
+        return self._owners[self[name].full_name]
+
+    def contracts(self) -> dict[str, str]:
+        """Contract hashes by versioned name, for traces and checkpoints."""
+        return {name: tool.contract_hash for name, tool in sorted(self._tools.items())}
+
+    def close(self) -> None:
+        """Close every tool."""
+        for tool in self._tools.values():
+            tool.close()
+
+    def __iter__(self) -> Iterator[PerceptionTool]:
+        newest: dict[str, PerceptionTool] = {}
+        for tool in self._tools.values():
+            if tool.name not in newest or newest[tool.name].version < tool.version:
+                newest[tool.name] = tool
+        return iter(newest.values())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.find(name) is not None
+
+    def __repr__(self) -> str:
+        return f"ToolRegistry({', '.join(self._tools) or 'empty'})"
+
+
+def _as_tool(item: object, owner: str | None) -> PerceptionTool:
+    if isinstance(item, type) and issubclass(item, PerceptionTool):
+        item = item()
+    elif inspect.isfunction(item):
+        item = perception_tool(item)
+    if isinstance(item, PerceptionTool):
+        check_definition(item, owner or item.owner)
+        return item
+    raise ToolDefinitionError(
+        "this is not a tool",
+        where=owner,
+        got=repr(item),
+        expected="a PerceptionTool, a subclass that is made without arguments, or a function",
+    )
+
+
+def _entry_owner(point: EntryPoint) -> str:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
+    return f"{point.value} ({package})"
