@@ -1,0 +1,277 @@
+"""Training batches of every stage, put together from the pool in a worker process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from vpt_agent.nano.alphabet import COLOURS, SHAPES, SYMBOLS
+from vpt_agent.nano.conversation import (
+    END,
+    LOOK,
+    Encoded,
+    Encoder,
+    crop_question_text,
+    question_text,
+    region_text,
+)
+from vpt_agent.nano.pool import Pixels, Pool, SceneRecord, TagRecord
+from vpt_agent.nano.views import MERGE, PATCH
+
+Stage = Literal["tower", "read", "scenes", "baseline-global", "baseline-large"]
+# Height and width of the windows cut out of crops: characters at their true size, less emptiness.
+WINDOW: Final = (84, 168)
+_COLOUR_INDEX: Final = {name: i + 1 for i, name in enumerate(COLOURS)}
+_SHAPE_INDEX: Final = {name: i + 1 for i, name in enumerate(SHAPES)}
+Labels = NDArray[np.int64]
+
+
+def frame_patches(view: Pixels) -> Pixels:
+    """One frame's patches (patches, 588) of a uint8 RGB view, in 2 x 2 block order."""
+    height, width, _ = view.shape
+    rows, columns = height // PATCH, width // PATCH
+    blocks = view.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(rows * columns, -1)
+
+
+def _block_order(grid: Labels) -> Labels:
+    """(rows, columns, k) labels in the tower's patch order: (patches, k)."""
+    rows, columns, k = grid.shape
+    blocks = grid.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, k)
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, k)
+
+
+def crop_labels(view: Pixels, chars: list[list[float]], answer: str) -> Labels:
+    """(patches, 4): character and place in the string at each patch's left and right half."""
+    rows, columns = view.shape[0] // PATCH, view.shape[1] // PATCH
+    places = np.array(chars)
+    y = (np.arange(rows) + 0.5) * PATCH
+    x = (np.arange(columns * 2) + 0.5) * PATCH / 2
+    dy = np.abs(y[:, None, None] - places[None, None, :, 1])
+    dx = np.abs(x[None, :, None] - places[None, None, :, 0])
+    # Letter gaps belong to the nearer character.
+    near = (dy < places[:, 3] + 3) & (dx < np.maximum(places[:, 2], 4) + 1.5)
+    cost = np.where(near, dx, 1e6)
+    best = cost.argmin(axis=-1)
+    on = cost.min(axis=-1) < 1e6
+    codes = np.array([SYMBOLS.index(c) + 1 for c in answer])
+    char = np.where(on, codes[best], 0).reshape(rows, columns, 2)
+    slot = np.where(on, best + 1, 0).reshape(rows, columns, 2)
+    grid = np.stack((char[..., 0], slot[..., 0], char[..., 1], slot[..., 1]), axis=-1)
+    return _block_order(grid)
+
+
+def whole_labels(view: Pixels, record: SceneRecord) -> Labels:
+    """(patches, 6): colour, shape and grid cells of the tag on each patch (-100 off tags)."""
+    rows, columns = view.shape[0] // PATCH, view.shape[1] // PATCH
+    grid = np.full((rows, columns, 6), -100, dtype=np.int64)
+    grid[..., :2] = 0
+    sx, sy = columns / record.size[0], rows / record.size[1]
+    for tag in record.tags:
+        x0, x1 = int(tag.box[0] * sx + 0.3), int(tag.box[2] * sx + 0.7)
+        y0, y1 = int(tag.box[1] * sy + 0.3), int(tag.box[3] * sy + 0.7)
+        codes = (_COLOUR_INDEX[tag.colour], _SHAPE_INDEX[tag.shape], *tag.cells)
+        grid[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = codes
+    return _block_order(grid)
+
+
+def window(
+    rng: random.Random, view: Pixels, tag: TagRecord, zoom: float = 1.0
+) -> tuple[Pixels, list[list[float]]]:
+    """A part of a crop around the string, moved at random, and the characters in it.
+
+    `zoom` is the most that the part may be enlarged; the whole string stays inside.
+    """
+    places = np.array(tag.chars)
+    height, width = WINDOW
+    reach = float(places[-1, 0] - places[0, 0]) + 3 * float(places[:, 2].max())
+    factor = min(rng.uniform(1.0, zoom), width / reach)
+    if factor > 1.02:
+        new = (round(view.shape[1] * factor), round(view.shape[0] * factor))
+        view = np.asarray(Image.fromarray(view).resize(new, Image.Resampling.BILINEAR))
+        places = places * factor
+    out = np.zeros((height, width, 3), dtype=np.uint8)
+    cx, cy = places[:, 0].mean(), places[:, 1].mean()
+    slack_x = max(2.0, (width - (places[-1, 0] - places[0, 0]) - 24) / 2 * 0.9)
+    left = int(cx - width / 2 + rng.uniform(-slack_x, slack_x))
+    top = int(cy - height / 2 + rng.uniform(-20, 20))
+    x0, y0 = max(0, left), max(0, top)
+    x1, y1 = min(view.shape[1], left + width), min(view.shape[0], top + height)
+    out[y0 - top : y1 - top, x0 - left : x1 - left] = view[y0:y1, x0:x1]
+    return out, [[x - left, y - top, rx, ry] for x, y, rx, ry in places.tolist()]
+
+
+@dataclass
+class _Images:
+    """Views of one batch; equal sizes are put together when it is closed."""
+
+    views: list[Pixels] = field(default_factory=list)
+
+    def add(self, view: Pixels) -> int:
+        self.views.append(view)
+        return len(self.views) - 1
+
+    def order(self) -> list[int]:
+        """Views in the order of the batch: equal sizes together."""
+        return sorted(range(len(self.views)), key=lambda i: self.views[i].shape[:2])
+
+    def close(self) -> tuple[dict[str, Tensor], list[int]]:
+        """Tensors, and the first feature row of every view in the order of `add`."""
+        order = self.order()
+        starts = [0] * len(self.views)
+        row = 0
+        for i in order:
+            starts[i] = row
+            row += self.views[i].shape[0] * self.views[i].shape[1] // (PATCH * MERGE) ** 2
+        stacked = np.concatenate([frame_patches(self.views[i]) for i in order])
+        grids = [[s // PATCH for s in self.views[i].shape[:2]] for i in order]
+        return {"patches": torch.from_numpy(stacked), "grids": torch.tensor(grids)}, starts
+
+
+def token_grid(view: Pixels) -> tuple[int, int]:
+    """Rows and columns of visual tokens of a view."""
+    step = PATCH * MERGE
+    return view.shape[0] // step, view.shape[1] // step
+
+
+def collate(images: _Images, items: list[tuple[Encoded, list[int]]], pad: int) -> dict[str, Tensor]:
+    """Pad conversations on the right; each comes with the indices of its views."""
+    tensors, starts = images.close()
+    length = max(len(item.ids) for item, _ in items)
+    ids = np.full((len(items), length), pad)
+    labels = np.full((len(items), length), -100)
+    positions = np.zeros((3, len(items), length), dtype=np.int64)
+    index: list[NDArray[np.int64]] = []
+    for row, (item, views) in enumerate(items):
+        n = len(item.ids)
+        ids[row, :n], labels[row, :n], positions[:, row, :n] = item.ids, item.labels, item.positions
+        for i in views:
+            rows, columns = token_grid(images.views[i])
+            index.append(starts[i] + np.arange(rows * columns))
+    return {
+        **tensors,
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        "image_index": torch.from_numpy(np.concatenate(index)),
+    }
+
+
+class StageBatches(IterableDataset[dict[str, Tensor]]):
+    """Endless whole batches of a stage; batch number i depends only on the pool and i."""
+
+    def __init__(self, stage: Stage, pool: Path, encoder: Encoder, size: int, start: int) -> None:
+        self.stage = stage
+        self.pool_directory = pool
+        self.encoder = encoder
+        self.size = size
+        self.start = start
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        torch.set_num_threads(1)
+        pool = Pool(self.pool_directory)
+        info = torch.utils.data.get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        number = self.start + first
+        while True:
+            yield self.batch(pool, number)
+            number += step
+
+    def batch(self, pool: Pool, number: int) -> dict[str, Tensor]:
+        """The batch of a number; scenes are taken in a shuffled order, pass after pass."""
+        rng = random.Random(f"{self.stage}-{number}")
+        if self.stage == "tower":
+            return self._tower(pool, rng)
+        if self.stage == "read":
+            return self._read(pool, rng, self.size)
+        return self._scenes(pool, rng)
+
+    def _tower(self, pool: Pool, rng: random.Random) -> dict[str, Tensor]:
+        crops, wholes = _Images(), _Images()
+        labels: list[Labels] = []
+        for i in range(self.size):
+            shard, record = rng.choice(pool.records)
+            tag = rng.choice(record.tags)
+            view, chars = pool.view(shard, tag.crop), tag.chars
+            # A few entire crops, so that the tower learns to ignore what surrounds a tag.
+            if i >= self.size // 12:
+                # Enlarged characters are learnt much sooner, and help with the small ones.
+                view, chars = window(rng, view, tag, zoom=2.0 if i % 2 else 1.0)
+            crops.add(view)
+            labels.append(crop_labels(view, chars, tag.answer))
+        near, _ = crops.close()
+        whole: list[Labels] = []
+        for _ in range(max(1, self.size // 8)):
+            shard, record = rng.choice(pool.records)
+            view = pool.view(shard, record.whole)
+            wholes.add(view)
+            whole.append(whole_labels(view, record))
+        far, _ = wholes.close()
+        return {
+            "patches": torch.cat((near["patches"], far["patches"])),
+            "grids": torch.cat((near["grids"], far["grids"])),
+            "crop_labels": torch.from_numpy(np.concatenate([labels[i] for i in crops.order()])),
+            "whole_labels": torch.from_numpy(np.concatenate([whole[i] for i in wholes.order()])),
+        }
+
+    def _crop_item(
+        self, pool: Pool, rng: random.Random, images: _Images, narrow: float, labels: list[Labels]
+    ) -> tuple[Encoded, list[int]]:
+        """A crop to be read, most often a narrow window of one; its labels go to `labels`."""
+        shard, record = rng.choice(pool.records)
+        tag = rng.choice(record.tags)
+        view, chars = pool.view(shard, tag.crop), tag.chars
+        if rng.random() < narrow:
+            view, chars = window(rng, view, tag, zoom=rng.choice((1.0, 1.5)))
+        labels.append(crop_labels(view, chars, tag.answer))
+        pieces = [(crop_question_text(), False), (tag.answer + END, True)]
+        return self.encoder.encode(pieces, [token_grid(view)]), [images.add(view)]
+
+    def _read(self, pool: Pool, rng: random.Random, size: int) -> dict[str, Tensor]:
+        images = _Images()
+        labels: list[Labels] = []
+        items = [self._crop_item(pool, rng, images, 0.75, labels) for _ in range(size)]
+        ordered = np.concatenate([labels[i] for i in images.order()])
+        return collate(images, items, self._pad()) | {"crop_labels": torch.from_numpy(ordered)}
+
+    def _scenes(self, pool: Pool, rng: random.Random) -> dict[str, Tensor]:
+        images = _Images()
+        items: list[tuple[Encoded, list[int]]] = []
+        while len(items) < self.size:
+            shard, record = rng.choice(pool.records)
+            place = record.large if self.stage == "baseline-large" else record.whole
+            view = pool.view(shard, place)
+            first = images.add(view)
+            # Several questions share the work of one whole view.
+            for tag in rng.sample(record.tags, min(4, len(record.tags))):
+                start = question_text(tag.question, rng.random() < 0.5)
+                if self.stage != "scenes":
+                    pieces = [(start, False), (tag.answer + END, True)]
+                    items.append((self.encoder.encode(pieces, [token_grid(view)]), [first]))
+                    continue
+                crop = pool.view(shard, tag.crop)
+                pieces = [
+                    (start, False),
+                    (region_text(tag.cells) + END, True),
+                    (LOOK, False),
+                    (tag.answer + END, True),
+                ]
+                grids = [token_grid(view), token_grid(crop)]
+                items.append((self.encoder.encode(pieces, grids), [first, images.add(crop)]))
+        if self.stage == "scenes":
+            # A little plain reading keeps the cheap practice going.
+            items += [self._crop_item(pool, rng, images, 1.0, []) for _ in range(self.size // 4)]
+        return collate(images, items, self._pad())
+
+    def _pad(self) -> int:
+        return int(self.encoder.tokenizer.convert_tokens_to_ids("<|endoftext|>"))  # type: ignore[arg-type]

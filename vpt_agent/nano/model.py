@@ -1,0 +1,310 @@
+"""The nano model: a small Qwen2-VL, and a batched form of its vision tower for training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vpt_agent.nano.views import MEAN, PATCH, STD
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+
+WIDTH = 192
+DEPTH = 4
+HEADS = 6
+
+
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
+    """A fresh nano model whose embedding rows match `tokenizer`."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    def token(name: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]
+
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 512,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        # Not 0.02: at this width the model then stays in a dead start for very long.
+        "initializer_range": 0.06,
+        # A small base, because M-RoPE gives the width axis the slowest frequencies: with the
+        # usual million, neighbouring columns of an 8 x 8 view would look alike.
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10.0,
+            "mrope_section": [4, 6, 6],
+        },
+        "bos_token_id": None,
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+    }
+    vision: dict[str, Any] = {
+        "depth": DEPTH,
+        "embed_dim": WIDTH,
+        "hidden_size": WIDTH,
+        "num_heads": HEADS,
+        "mlp_ratio": 4,
+        "initializer_range": 0.06,
+    }
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+    )
+    config._attn_implementation = "sdpa"
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = token("<|im_end|>")
+    model.generation_config.pad_token_id = token("<|endoftext|>")
+    return model
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding; `cos` and `sin` cover half of the last axis, the other half repeats.
+
+    Written with chunk, not slices: the gradient of a slice fills a whole tensor with zeros.
+    """
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def _positions(grids: Tensor) -> Tensor:
+    """Row and column of every patch, in the tower's 2 x 2 block order: (2, patches)."""
+    parts = []
+    for height, width in grids.tolist():
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        both = torch.stack((rows, columns)).reshape(2, height // 2, 2, width // 2, 2)
+        parts.append(both.permute(0, 1, 3, 2, 4).reshape(2, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _runs(grids: Tensor) -> list[tuple[int, int]]:
+    """(images, patches of each) for stretches of images with equally many patches."""
+    runs: list[tuple[int, int]] = []
+    for height, width in grids.tolist():
+        count = height * width
+        if runs and runs[-1][1] == count:
+            runs[-1] = (runs[-1][0] + 1, count)
+        else:
+            runs.append((1, count))
+    return runs
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention over (batch, heads, length, 32) with queries and keys already scaled.
+
+    Plain matrix products: for such short rows they train 1.4 times faster on a CPU than the
+    fused kernel, whose backward pass is slow.
+    """
+    with torch.autocast("cpu", enabled=False):
+        v = v.to(q.dtype)
+        scores = q @ k.transpose(-1, -2)
+        if causal:
+            length = scores.shape[-1]
+            scores = scores + torch.full((length, length), -1e4, dtype=q.dtype).triu(1)
+        return scores.softmax(-1) @ v
+
+
+def _feed(mlp: Any, x: Tensor) -> Tensor:
+    """The tower's MLP; x * sigmoid(1.702 x) is silu(1.702 x) / 1.702, folded into the weights."""
+    first, second, scale = mlp.fc1, mlp.fc2, 1.702
+    inner = functional.silu(functional.linear(x, first.weight * scale, first.bias * scale))
+    return functional.linear(inner, second.weight / scale, second.bias)
+
+
+def _halves(factors: tuple[Tensor, Tensor], axis: int, narrow: torch.dtype) -> list[Tensor]:
+    """Half of cos and of sin, with the attention scale of 32-wide heads put into them."""
+    width = factors[0].shape[-1]
+    return [(t[..., : width // 2] * width**-0.25).to(narrow).unsqueeze(axis) for t in factors]
+
+
+def _narrow(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _attend(
+    attention: Any, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int]]
+) -> Tensor:
+    qk, v = attention.qkv(x).split((2 * WIDTH, WIDTH), dim=-1)
+    heads = attention.num_heads
+    # Queries and keys turn alike, so they are turned together.
+    qk = _rotate(qk.reshape(x.shape[0], 2 * heads, -1), cos, sin)
+    v = v.reshape(x.shape[0], heads, -1)
+    sizes = [images * count for images, count in runs]
+    outputs = []
+    for (images, count), both, values in zip(runs, qk.split(sizes), v.split(sizes), strict=True):
+        q, k = both.reshape(images, count, 2 * heads, -1).transpose(1, 2).chunk(2, dim=1)
+        values = values.reshape(images, count, heads, -1).transpose(1, 2)
+        out = _mix(q, k, values, causal=False)
+        outputs.append(out.transpose(1, 2).reshape(images * count, -1))
+    mixed: Tensor = attention.proj(torch.cat(outputs))
+    return mixed
+
+
+def tower_states(visual: Any, patches: Tensor, grids: Tensor) -> Tensor:
+    """Last hidden state (patches, 192) of the vision tower, as its own forward would give.
+
+    `patches` is uint8 (patches, 3 * 14 * 14) with one frame each, `grids` the patch rows and
+    columns (images, 2). transformers runs the attention image by image; here images with
+    equally many patches go together, which is several times faster in training.
+    """
+    mean = torch.tensor(MEAN).view(1, 3, 1)
+    std = torch.tensor(STD).view(1, 3, 1)
+    pixels = (patches.view(-1, 3, PATCH * PATCH).float() / 255.0 - mean) / std
+    # Both frames are the same picture, so their weights can be added.
+    kernel = visual.patch_embed.proj.weight.sum(dim=2).reshape(WIDTH, -1)
+    x = functional.linear(pixels.view(patches.shape[0], -1), kernel).float()
+    cos, sin = _halves(visual.rotary_pos_emb(x, _positions(grids).T), 1, _narrow(x))
+    runs = _runs(grids)
+    for block in visual.blocks:
+        x = x + _attend(block.attn, block.norm1(x), cos, sin, runs)
+        x = x + _feed(block.mlp, block.norm2(x))
+    return x
+
+
+def image_features(visual: Any, patches: Tensor, grids: Tensor) -> Tensor:
+    """Visual tokens (patches / 4, 192) of all images, one after another."""
+    merged: Tensor = visual.merger(tower_states(visual, patches, grids))
+    return merged
+
+
+def text_states(text: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """Last hidden state (batch, length, 192) of the language model, as its own forward gives.
+
+    `positions` is (3, batch, length). Padding must be on the right: under a causal mask it then
+    needs no mask of its own. The rotary factors are kept in the narrow type, because mixing
+    types takes a slow path on CPUs.
+    """
+    cos, sin = _halves(text.rotary_emb(x, positions), 2, _narrow(x))
+    batch, length, _ = x.shape
+    for layer in text.layers:
+        attention = layer.self_attn
+        y = layer.input_layernorm(x)
+        q, k, v = (
+            project(y).view(batch, length, -1, attention.head_dim)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        groups = attention.num_key_value_groups
+        k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = _mix(q, k, v, causal=True)
+        x = x + attention.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    states: Tensor = text.norm(x)
+    return states
+
+
+def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Hidden states (batch, length, 192) of conversations, and of all patches of their images.
+
+    `image_index` gives, for every image pad in reading order, its row among the features.
+    """
+    core = model.model
+    patches = tower_states(core.visual, batch["patches"], batch["grids"])
+    features = core.visual.merger(patches)
+    ids = batch["input_ids"]
+    embeds = core.language_model.embed_tokens(ids)
+    pads = (ids == model.config.image_token_id).unsqueeze(-1)
+    chosen = features.float()[batch["image_index"]]
+    embeds = embeds.masked_scatter(pads, chosen)
+    return text_states(core.language_model, embeds, batch["position_ids"]), patches
+
+
+def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Next-token loss over the labelled tokens, and the share of them predicted right.
+
+    A model that still has a `dense` crop head also keeps naming the characters on patches.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states, patches = answer_states(model, batch)
+        targets = batch["labels"][:, 1:]
+        chosen = targets != -100
+        logits = model.lm_head(states[:, :-1][chosen]).float()
+    loss = functional.cross_entropy(logits, targets[chosen])
+    metrics = {"token": float((logits.argmax(-1) == targets[chosen]).float().mean())}
+    if "crop_labels" in batch:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            dense, found = model.dense(patches, batch["crop_labels"])
+        loss, metrics = loss + 0.1 * dense, metrics | found
+    return loss, metrics
+
+
+_ZERO_IS_EMPTY = ("char", "slot", "colour", "shape")
+
+
+def _dense_loss(
+    names: tuple[str, ...], logits: Tensor, widths: tuple[int, ...], labels: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted loss of several labels per patch and the share of right ones on tags."""
+    loss = torch.zeros(())
+    metrics: dict[str, float] = {}
+    parts = logits.float().split(widths, dim=-1)
+    for name, part, target in zip(names, parts, labels.T, strict=True):
+        if target.numel() == 0:
+            continue
+        # Most patches are empty: class 0 counts a tenth where it means "no tag".
+        weight = torch.ones(part.shape[-1])
+        if name in _ZERO_IS_EMPTY:
+            weight[0] = 0.1
+        # Characters are by far the slowest to come, and the others would drown them.
+        share = 4.0 if name == "char" else 0.3
+        loss = loss + share * functional.cross_entropy(part, target, weight, ignore_index=-100)
+        real = target > (0 if name in _ZERO_IS_EMPTY else -1)
+        metrics[name] = float((part.argmax(-1) == target)[real].float().mean())
+    return loss, metrics
+
+
+class CropHead(nn.Module):
+    """Throw-away head: character and its place in the string at each half of a crop's patch."""
+
+    NAMES = ("char", "slot", "char", "slot")
+    WIDTHS = (33, 7, 33, 7)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crop_head = nn.Linear(WIDTH, sum(self.WIDTHS))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, states: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss and metrics for tower states (patches, 192) and labels (patches, 4)."""
+        return _dense_loss(self.NAMES, self.crop_head(self.norm(states)), self.WIDTHS, labels)
+
+
+class DenseTower(nn.Module):
+    """The vision tower with the throw-away heads of the first stage.
+
+    Per patch of a crop: see `CropHead`. Per patch of a whole scene: the colour and shape of the
+    tag it lies on and the tag's four grid coordinates.
+    """
+
+    NAMES = ("colour", "shape", "x0", "y0", "x1", "y1")
+    WIDTHS = (11, 6, 16, 16, 16, 16)
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+        self.crop = CropHead()
+        self.whole_head = nn.Linear(WIDTH, sum(self.WIDTHS))
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Loss and shares of right labels; crops come before whole scenes in the batch."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = tower_states(self.visual, batch["patches"], batch["grids"])
+            crops = batch["crop_labels"].shape[0]
+            loss, metrics = self.crop(x[:crops], batch["crop_labels"])
+            logits = self.whole_head(self.crop.norm(x[crops:]))
+        far, more = _dense_loss(self.NAMES, logits, self.WIDTHS, batch["whole_labels"])
+        return loss + far, metrics | more
