@@ -74,6 +74,8 @@ class _Progress:
     tokens: int = 0
     rounds: int = 0
     failures: int = 0
+    pixels: int = 0  # that calls added, as visual_tokens
+    visual_tokens: int = 0
     said: set[str] = field(default_factory=set)  # limits already told
 
 
@@ -251,7 +253,7 @@ class Run:
         ):
             if value >= allowed and self.request.kinds:
                 left = 0
-                if name not in done.said and value:
+                if name not in done.said:
                     done.said.add(name)
                     self.recorder.limit(name, value, allowed)
         starts = frozenset(row.start for row in table.rows)
@@ -331,14 +333,14 @@ class Run:
 
     def _within_budget(self, result: ToolResult) -> ToolResult:
         """A result that would break a limit is left out, and the model is told."""
-        limits, usage = self.request.limits, self.recorder.usage
+        limits, done = self.request.limits, self.progress
         pixels = sum(v.size[0] * v.size[1] for v in result.views)
         tokens = sum(self.dispatcher.visual_tokens(v) for v in result.views)
         if result.features is not None:
             tokens += result.features.tokens.shape[0]
         for name, spent, more, allowed in (
-            ("pixels", usage.pixels, pixels, limits.pixels),
-            ("visual_tokens", usage.visual_tokens, tokens, limits.visual_tokens),
+            ("pixels", done.pixels, pixels, limits.pixels),
+            ("visual_tokens", done.visual_tokens, tokens, limits.visual_tokens),
         ):
             if more and spent + more > allowed:
                 self.recorder.limit(name, spent + more, allowed)
@@ -346,6 +348,8 @@ class Run:
                     "limit", f"the limit of {name} is reached: answer with what you have"
                 )
                 return replace(result, views=(), features=None, text=None, error=error)
+        done.pixels += pixels
+        done.visual_tokens += tokens
         return result
 
     def _append(

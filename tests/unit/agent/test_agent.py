@@ -112,14 +112,18 @@ def test_several_calls_in_one_turn_and_another_round(image: Image.Image) -> None
         (Limits(calls=2), "calls", 2),
         (Limits(rounds=1), "rounds", 1),
         (Limits(visual_tokens=60), "visual_tokens", 4),
-        (Limits(pixels=60_000), "pixels", 4),
+        (Limits(pixels=50_000), "pixels", 4),
+        (Limits(calls=0), "calls", 0),
     ],
 )
 def test_limits_are_outcomes(image: Image.Image, limits: Limits, name: str, calls: int) -> None:
     agent = PerceptionAgent.from_script([REGION, REGION, REGION, REGION, "Enough."])
     answer = agent.run("Look.", image=image, limits=limits)
     assert name in [e.limit for e in names(answer.trace, "limit_reached")]
-    assert len(answer.calls) <= calls
+    assert len(answer.calls) == calls
+    refused = [r.error.kind for r in answer.results if r.error is not None]
+    assert refused == (["limit"] if name in ("visual_tokens", "pixels") else [])
+    assert answer.status == "answered" or answer.limit == "new_tokens"
 
 
 def test_new_tokens_and_seconds_end_the_run(image: Image.Image) -> None:
