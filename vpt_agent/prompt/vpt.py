@@ -163,6 +163,30 @@ class VPTLayout:
         self._user(w, views, question)
         return w.done()
 
+    def user_turn(
+        self, pieces: Sequence[str | PictureSlot | FeatureSlot], *, system: bool = False
+    ) -> list[PromptPart]:
+        """A user turn of text and slots in this order, and the opening of the assistant's.
+
+        ``system`` puts the system turn before it. What :meth:`opening` and :meth:`follow_up` are
+        for questions, this is for turns whose pictures stand anywhere (data rows).
+        """
+        w = _Writer(self)
+        if system:
+            w.special(IM_START)
+            w.plain(f"system\n{self.system}")
+            w.special(IM_END)
+        w.plain("\n")
+        w.special(IM_START)
+        w.plain("user\n")
+        for piece in pieces:
+            if isinstance(piece, str):
+                w.plain(piece)
+            else:
+                w.slot(piece)
+        self._open_assistant(w)
+        return w.done()
+
     def follow_up(self, views: Sequence[str], question: str) -> list[PromptPart]:
         """A later user turn; the assistant's end of turn stands before it already."""
         w = _Writer(self)
