@@ -25,13 +25,14 @@ from vpt_agent.trace.events import (
     ViewInfo,
     WarningGiven,
 )
-from vpt_agent.trace.show import arguments_text, box_text, counts_text, usage_text
+from vpt_agent.trace.show import arguments_text, box_text, counts_text, tokens_text, usage_text
 
 if TYPE_CHECKING:
     from vpt_agent.trace.store import Trace
 
-LARGEST_SIDE = 1600
-"""Pictures larger than this (pixels) are shown smaller; the run folder keeps them whole."""
+LARGEST_SIDE, FILM_SIDE = 1600, 512
+"""Pixels a side above which a picture, and one in the film strip, is shown smaller. The run folder
+keeps them whole."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --box: #e6007a; }
@@ -102,11 +103,14 @@ def _run(trace: Trace, events: list[Event]) -> str:
         out.append('<p class="error">The run did not finish.</p>')
     else:
         out.append(_outcome(finished))
+    # A follow-up question looks at pictures that an earlier run was given.
+    known = trace.views
+    roots = [known[root] for root in dict.fromkeys(v.root for v in views) if root in known]
     out.append('<div class="pair"><div><h2>Pictures</h2>')
-    out += [_stage(trace, v, views) for v in views if v.root == v.id]
-    out.append(f"</div><div><h2>Views</h2>{_film(trace, views)}</div></div><h2>Turns</h2>")
+    out += [_stage(trace, root, views) for root in roots]
+    out.append(f"</div><div><h2>Views</h2>{_film(trace, views)}<h2>Turns</h2>")
     out.append(_turns(events))
-    return "".join([*out, "</section>"])
+    return "".join([*out, "</div></div></section>"])
 
 
 def _outcome(event: RunFinished) -> str:
@@ -135,7 +139,7 @@ def _stage(trace: Trace, root: ViewInfo, views: list[ViewInfo]) -> str:
             boxes.append(f'<div class="box" style="{where}"><b>{escape(view.id)}</b></div>')
     caption = f"{root.id}, {root.size[0]} × {root.size[1]} pixels"  # noqa: RUF001
     return (
-        f'<figure><div class="stage">{_image(trace, root)}{"".join(boxes)}</div>'
+        f'<figure><div class="stage">{_image(trace, root, LARGEST_SIDE)}{"".join(boxes)}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -147,27 +151,26 @@ def _film(trace: Trace, views: list[ViewInfo]) -> str:
         if view.id != view.root:
             caption += f", box {box_text(view)} of {view.root}"
         figures.append(
-            f"<figure>{_image(trace, view)}<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figure>{_image(trace, view, FILM_SIDE)}"
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
     return f'<div class="film">{"".join(figures)}</div>'
 
 
-def _image(trace: Trace, view: ViewInfo) -> str:
+def _image(trace: Trace, view: ViewInfo, largest: int) -> str:
     try:
         picture = trace.picture(view.blob)
     except TraceError as error:
         # A run folder can have lost a blob; the rest of it is still worth a page.
         return f'<span class="error">{escape(str(error))}</span>'
-    if max(picture.size) > LARGEST_SIDE:
-        picture = picture.copy()
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer = io.BytesIO()
     # A crop stays exact; a large picture as PNG would make the page many megabytes.
-    if max(picture.size) <= 512:
+    if max(picture.size) <= FILM_SIDE:
         kind = "png"
         picture.save(buffer, format="PNG")
     else:
-        kind = "jpeg"
+        kind, picture = "jpeg", picture.copy()
+        picture.thumbnail((largest, largest))
         picture.save(buffer, format="JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img alt="{escape(view.id)}" src="data:image/{kind};base64,{data}">'
@@ -191,7 +194,7 @@ def _event(event: Event) -> str:
         return f"<details><summary>Prompt</summary>{_spans(event.spans, event.text)}</details>"
     if isinstance(event, ImageEncoded):
         how = "reused" if event.reused else f"{event.seconds:.2f} s"
-        text = f"{event.view} by {event.encoder}: {event.visual_tokens} visual tokens, {how}"
+        text = f"{event.view} by {event.encoder}: {tokens_text(event.visual_tokens)}, {how}"
         return f'<div class="muted">{escape(text)}</div>'
     if isinstance(event, Decoded):
         note = f"{counts_text(event)}, {event.seconds:.2f} s"
@@ -208,7 +211,7 @@ def _event(event: Event) -> str:
         return _finished(event)
     if isinstance(event, PerceptionAppended):
         shown = _spans(event.spans)
-        return f'{shown}<div class="muted">{event.visual_tokens} visual tokens appended</div>'
+        return f'{shown}<div class="muted">{tokens_text(event.visual_tokens)} appended</div>'
     if isinstance(event, LimitReached):
         text = f"Limit {event.limit}: {event.value:g} needed, {event.allowed:g} allowed"
         return f'<div class="error">{escape(text)}</div>'
@@ -222,7 +225,7 @@ def _finished(event: ToolFinished) -> str:
     if event.text:
         parts.append(f"<pre>{escape(event.text)}</pre>")
     facts = [f"{event.call_id}: {', '.join(v.id for v in event.views) or 'no view'}"]
-    facts += [f"{event.visual_tokens} visual tokens"] if event.visual_tokens else []
+    facts += [tokens_text(event.visual_tokens)] if event.visual_tokens else []
     facts += [", ".join(event.kernels)] if event.kernels else []
     facts.append(f"{event.seconds:.2f} s")
     return "".join([*parts, f'<div class="muted">{escape(" · ".join(facts))}</div>'])
@@ -239,7 +242,7 @@ def _spans(spans: tuple[SpanInfo, ...], otherwise: str = "") -> str:
     parts = []
     for span in spans:
         if span.source == "visual":
-            text = f"[{span.view or span.kind or 'view'}: {len(span.ids)} visual tokens]"
+            text = f"[{span.view or span.kind or 'view'}: {tokens_text(len(span.ids))}]"
         else:
             text = span.text or " ".join(str(i) for i in span.ids)
         title = f"{len(span.ids)} {span.source}"

@@ -106,6 +106,11 @@ def usage_text(event: RunFinished) -> str:
     return " · ".join(words)
 
 
+def tokens_text(count: int) -> str:
+    """A number of visual tokens in words."""
+    return f"{count} visual token" if count == 1 else f"{count} visual tokens"
+
+
 def error_text(error: ErrorInfo) -> str:
     """The kind of an error and the line that the model saw."""
     return f"{error.kind}: {visible(error.message)}"
@@ -142,7 +147,7 @@ class _Page:
             self.started(event)
         elif isinstance(event, ImageEncoded):
             how = "features reused" if event.reused else f"{event.seconds:.2f} s"
-            what = f"{event.view} by {event.encoder}: {event.visual_tokens} visual tokens"
+            what = f"{event.view} by {event.encoder}: {tokens_text(event.visual_tokens)}"
             self.line("  look", what, note=how)
         elif isinstance(event, Decoded):
             note = f"{counts_text(event)}, {event.seconds:.2f} s"
@@ -154,7 +159,7 @@ class _Page:
         elif isinstance(event, ToolFinished):
             self.finished(event)
         elif isinstance(event, PerceptionAppended):
-            what = f"{event.visual_tokens} visual tokens appended at {event.start}"
+            what = f"{tokens_text(event.visual_tokens)} appended at {event.start}"
             self.line("  sees", what, note=", ".join(event.call_ids))
         else:
             self.outcome(event)
@@ -179,7 +184,7 @@ class _Page:
         if event.text:
             self.line("  result", visible(event.text), note=note)
         if event.ok and not event.views and not event.text:
-            self.line("  result", f"{event.visual_tokens} visual tokens", note=note)
+            self.line("  result", tokens_text(event.visual_tokens), note=note)
 
     def outcome(self, event: Event) -> None:
         if isinstance(event, LimitReached):

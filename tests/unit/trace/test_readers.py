@@ -80,7 +80,7 @@ def test_the_terminal_shows_a_run_as_one_reads_it(told: Trace) -> None:
         r"^  call +crop_region\(region=\[1, 1, 4, 4\]\)  c1, sampled",
         r"^  result +view_1, 60 x 40 pixels, box 15, 10, 75, 50 of image_1",
         r"^  rejected +unknown_tool: no tool crap",
-        r"^  sees +1 visual tokens appended at 8  c1",
+        r"^  sees +1 visual token appended at 8  c1",
         r"^Turn 2",
         r"^  says +K4X2",
         r"^Limit +calls: 9 needed, 8 allowed",
@@ -190,6 +190,20 @@ def test_the_page_escapes_everything(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
     assert not any("onerror" in attributes for _, attributes in page.tags)
     assert all((a["src"] or "").startswith("data:") for tag, a in page.tags if tag == "img")
+
+
+def test_a_follow_up_shows_the_picture_of_the_run_before(
+    tmp_path: Path, pictures: Pictures
+) -> None:
+    trace = Trace()
+    fill(trace, pictures, "r1")
+    trace.emit(RunStarted(run="r2", question="and then?", continues="r1"))
+    view = ViewInfo.of(pictures.crop, trace.add_picture(pictures.crop))
+    trace.emit(ToolFinished(run="r2", turn=1, call_id="c2", name="t", ok=True, views=(view,)))
+    page = _Page(trace.to_html(tmp_path / "run.html").read_text(encoding="utf-8"))
+    assert [a["alt"] for tag, a in page.tags if tag == "img"][3:] == ["image_1", "view_1"]
+    assert "continues r1" in "".join(page.text)
+    assert "did not finish" in "".join(page.text)
 
 
 def test_a_large_picture_is_shown_smaller_and_a_lost_one_named(tmp_path: Path) -> None:
