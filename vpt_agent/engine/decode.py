@@ -54,7 +54,11 @@ class TurnCall:
 
 @dataclass
 class Turn:
-    """What was decoded. ``pending`` ids were chosen but not computed yet: feed them first."""
+    """What was decoded. ``pending`` ids were chosen but not computed yet: feed them first.
+
+    ``removed`` is the probability mass that the constraint took away at each token; -1 where it is
+    not known, since decoding ended before a forced token's logits were needed.
+    """
 
     spans: list[Span] = field(default_factory=list)
     items: list[TurnCall | ParseError] = field(default_factory=list)
@@ -186,7 +190,7 @@ class _Decoder:
         turn.stop, turn.stop_id = stop, token
         if stop != "inline" and (cut := self.rules.grammar.finish(self.state)) is not None:
             turn.items.append(cut)
-        turn.removed = [max(0.0, c.removed) for c in self.chosen]
+        turn.removed = [c.removed for c in self.chosen]
         turn.spans = _spans(self.chosen)
         return turn
 

@@ -197,7 +197,7 @@ class Prefilled(EventBase):
 
 class Decoded(EventBase):
     """A stretch of decoding. ``removed_mass`` is the probability mass that the constraint took
-    away at each constrained token; ``stop`` says why the stretch ended."""
+    away at each token (-1: not known); ``stop`` says why the stretch ended."""
 
     type: Literal["decoded"] = "decoded"
     spans: tuple[SpanInfo, ...]
