@@ -117,6 +117,10 @@ def _plain_crop(views: Mapping[str, View]) -> Callable[[View, Box], View]:
     def crop(view: View, box: Box) -> View:
         from vpt_agent.vision.frames import crop_view
 
-        return crop_view(view, box, id=f"{view.id}.{next(count)}", root=views.get(view.root))
+        # A resized view has lost pixels, so its original is cut; any other is cut as it is, with
+        # what was drawn on it.
+        resized = view.size != (view.box.width, view.box.height)
+        root = views.get(view.root) if resized else None
+        return crop_view(view, box, id=f"{view.id}.{next(count)}", root=root)
 
     return crop

@@ -69,6 +69,17 @@ def test_a_bare_context_crops_with_names_of_its_own() -> None:
         context.crop(image, Box(90, 90, 99, 99))
 
 
+def test_a_crop_keeps_what_was_drawn_and_takes_lost_pixels_from_the_original() -> None:
+    image = picture()
+    context = ToolContext(views={"image_1": image})
+    drawn = context.redrawn(image, Image.new("RGB", image.size, "blue"))
+    assert context.crop(drawn, Box(0, 0, 4, 4)).image.getpixel((0, 0)) == (0, 0, 255)
+    small = context.redrawn(image, Image.new("RGB", (20, 10), "blue"))
+    crop = context.crop(small, Box(0, 0, 4, 4))
+    assert (crop.size, crop.box) == ((8, 8), Box(0, 0, 8, 8))
+    assert crop.image.getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_a_drawing_keeps_the_place_and_a_bare_picture_has_none() -> None:
     image = picture()
     context = ToolContext(views={"image_1": image})
