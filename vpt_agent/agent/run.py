@@ -212,7 +212,7 @@ class Run:
             first = ()
             done.text += turn.text
             if turn.stop in ("new_tokens", "deadline"):
-                return self._stopped("new_tokens" if turn.stop == "new_tokens" else "seconds")
+                return self._stopped(turn)
             outcome = yield from self._perform(turn.items)
             if turn.stop == "inline":
                 waiting += outcome[:-1]
@@ -403,7 +403,9 @@ class Run:
         self.recorder.finished("answered", text)
         return self._answer(text, None)
 
-    def _stopped(self, limit: str) -> Answer:
+    def _stopped(self, turn: Turn) -> Answer:
+        limit = "new_tokens" if turn.stop == "new_tokens" else "seconds"
+        self._leave_out(turn.items, limit)
         text = self.layout.answer(self.progress.text)
         limits = self.request.limits
         if limit == "new_tokens":
@@ -414,6 +416,21 @@ class Run:
         self.talk.tail.append(self.layout.end)
         self.recorder.finished("limit", text, limit=limit)
         return self._answer(text, limit)
+
+    def _leave_out(self, items: Sequence[TurnCall | ParseError], limit: str) -> None:
+        """Calls that no token is left for: recorded with the reason, not run."""
+        for item in items:
+            if isinstance(item, ParseError):
+                self.recorder.rejected(item)
+                continue
+            self.talk.calls += 1
+            call = self._call(item, f"call_{self.talk.calls}")
+            error = CallError("limit", f"not run: the limit of {limit} was reached")
+            result = ToolResult(call.id, call.name, error=error)
+            self.recorder.called(call)
+            self.recorder.finished_call(result)
+            self.progress.calls.append(call)
+            self.progress.results.append(result)
 
     def _answer(self, text: str, limit: str | None) -> Answer:
         done = self.progress

@@ -15,7 +15,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vpt_agent.errors import UserError
-from vpt_agent.tokens.table import IM_END, IM_START, PerceptionTable, ResolvedTable
+from vpt_agent.tokens.table import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    PerceptionTable,
+    ResolvedTable,
+)
 
 WIDTH = 4
 VISUAL = -2.0
@@ -30,8 +40,7 @@ class ScriptedTokenizer:
 
     def __init__(self, table: PerceptionTable) -> None:
         special, plain = table.tokens_to_add()
-        base = ["<|endoftext|>", IM_START, IM_END, "<|vision_start|>", "<|vision_end|>"]
-        base += ["<|image_pad|>", "<|video_pad|>"]
+        base = [END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD]
         names = list(dict.fromkeys([*base, *special, *plain]))
         self._added = {name: i for i, name in enumerate(names)}
         self._special = {self._added[t] for t in [*base, *special]}

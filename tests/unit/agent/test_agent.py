@@ -134,6 +134,16 @@ def test_new_tokens_and_seconds_end_the_run(image: Image.Image) -> None:
     assert (answer.status, answer.limit) == ("limit", "seconds")
 
 
+def test_a_call_that_no_token_is_left_for_is_told(image: Image.Image) -> None:
+    agent = PerceptionAgent.from_script([REGION + "and so on"])
+    answer = agent.run("q", image=image, limits=Limits(new_tokens=9))
+    assert answer.limit == "new_tokens"
+    assert answer.results[0].error.message == "not run: the limit of new_tokens was reached"
+    cut = agent.run("q", image=image, limits=Limits(new_tokens=3))
+    (rejected,) = names(cut.trace, "tool_rejected")
+    assert "it has no end" in rejected.error.message
+
+
 def test_tool_choice(image: Image.Image) -> None:
     agent = PerceptionAgent.from_script(["Plain.", "After."])
     assert agent.run("q", image=image, tool_choice="none").calls == ()
