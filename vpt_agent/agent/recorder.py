@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vpt_agent.engine.decode import Turn
 from vpt_agent.engine.parts import Looked
@@ -42,16 +42,10 @@ if TYPE_CHECKING:
     from vpt_agent.engine.session import Session
 
 
-class Decode(Protocol):
-    """Ids to text."""
-
-    def __call__(self, ids: Sequence[int]) -> str: ...
-
-
 class Recorder:
     """One run's view of a trace: fills in the run's id and turn, keeps usage and warnings."""
 
-    def __init__(self, trace: Trace, run: str, text: Decode) -> None:
+    def __init__(self, trace: Trace, run: str, text: Callable[[Sequence[int]], str]) -> None:
         self.trace, self.run, self.text = trace, run, text
         self.turn = 0
         self.usage = Usage()
