@@ -14,6 +14,7 @@ from tests.parity.goldens import ROOT
 from vpt_agent.data import RowEncoder, Rules, infer_seqlen, parse_image_path, read_row, row_views
 from vpt_agent.errors import UserError
 from vpt_agent.evaluation import published_score
+from vpt_agent.model import VPTForConditionalGeneration
 from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.tokens import PUBLISHED, PerceptionTable
 from vpt_agent.training import ClassAccuracy, trainable_names
@@ -26,8 +27,13 @@ SPARE = "too_many_re_images (not checked)"
 
 @cache
 def layout_of(enc: str) -> VPTLayout:
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / f"{enc}_tied")
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / f"{enc}_tied"))
     return VPTLayout(tokenizer, PerceptionTable.published([enc]))
+
+
+@cache
+def model_of(enc: str) -> VPTForConditionalGeneration:
+    return VPTForConditionalGeneration.from_pretrained(ROOT / f"{enc}_tied")
 
 
 def row_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +132,8 @@ def _top_levels(names: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("name", DATA["freefreeze"])
 def test_the_same_parameters_are_frozen(name: str) -> None:
-    from tests.parity.test_forward import model_of  # a model is loaded once for all tests
-
     case = DATA["freefreeze"][name]
-    model = model_of(f"{name.split('(')[1].rstrip(')')}_tied")
+    model = model_of(name.split("(")[1].rstrip(")"))
     names = {name for name, _ in model.named_parameters()}
     trainable = trainable_names(names, frozen=case["frozen"], trainable=case["trainable"])
     assert _top_levels(set(trainable)) == set(case["trainable_top_level"])

@@ -28,7 +28,7 @@ VIEWS = {"<image>": (WHOLE, PART), "<clip_image>": (WHOLE,)}
 
 @cache
 def layout() -> VPTLayout:
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "clip_tied")
+    tokenizer = AutoTokenizer.from_pretrained(str(GOLDEN / "clip_tied"))
     return VPTLayout(tokenizer, PerceptionTable.published(["clip"]))
 
 
