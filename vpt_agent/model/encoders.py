@@ -1,0 +1,227 @@
+"""Vision encoders behind the re-encoding kinds, and their projectors: one row per encoder.
+
+V visual tokens, D the language model's width, k control tokens per call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
+from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.tokens.table import PerceptionKind
+
+
+class Projector(nn.Module):
+    """Encoder output → features f [V, D], and control states → condition c [D].
+
+    Paper section 3.3; the parameters are those of the release, unused ones included, so that
+    checkpoints match key by key. This base takes the base tower's tokens as they are.
+    """
+
+    def __init__(self, source_width: int, width: int, controls: int, **_: int) -> None:
+        super().__init__()
+        self.linear_feature = nn.Linear(source_width, width)
+        self.linear_condition = nn.Linear(controls * width, width)
+        self.layernorm_feature = nn.LayerNorm(source_width)
+        self.layernorm_condition = nn.LayerNorm(controls * width)
+
+    def features(self, encoded: Tensor) -> Tensor:
+        """Features [V, D] of one picture's ``encoded`` [V, D]: the tokens themselves."""
+        return encoded
+
+    def condition(self, control: Tensor) -> Tensor:
+        """Conditions [M, D] of control states [M, k, D]."""
+        result: Tensor = self.linear_condition(self.layernorm_condition(control.flatten(1)))
+        return result
+
+    def reset_parameters(self) -> None:
+        """Fresh weights as published: xavier-uniform linears, zero biases, unit norms."""
+        for layer in (self.linear_feature, self.linear_condition):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for norm in (self.layernorm_feature, self.layernorm_condition):
+            norm.reset_parameters()
+
+
+class TokenProjector(Projector):
+    """For encoders that give tokens (DINOv2): f = linear(LN(tokens))."""
+
+    def features(self, encoded: Tensor) -> Tensor:
+        """Features [V, D] of ``encoded`` [V, W]."""
+        result: Tensor = self.linear_feature(self.layernorm_feature(encoded))
+        return result
+
+
+class MapProjector(Projector):
+    """For encoders that give a map (SAM): f = strided convolution of LN over channels."""
+
+    def __init__(self, source_width: int, width: int, controls: int, *, stride: int) -> None:
+        super().__init__(source_width, width, controls)
+        self.conv_feature = nn.Conv2d(source_width, width, kernel_size=stride, stride=stride)
+
+    def features(self, encoded: Tensor) -> Tensor:
+        """Features [V, D] of ``encoded`` [W, H, H], row by row."""
+        normed = self.layernorm_feature(encoded.permute(1, 2, 0))  # [H, H, W]
+        tokens = self.conv_feature(normed.permute(2, 0, 1)[None])  # [1, D, side, side]
+        result: Tensor = tokens[0].flatten(1).T  # [V, D]
+        return result
+
+    def reset_parameters(self) -> None:
+        """As the base, and the convolution's usual weights."""
+        super().reset_parameters()
+        self.conv_feature.reset_parameters()
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What the table's ``encoder`` names: how it is built, run and projected.
+
+    ``check`` compares a row with the encoder's config and gives the projector's extra arguments.
+    """
+
+    width: Callable[[Mapping[str, Any]], int]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    run: Callable[[nn.Module, Tensor], Tensor]
+    check: Callable[[PerceptionKind, Mapping[str, Any]], dict[str, int]]
+    projector: type[Projector]
+
+
+def _side(kind: PerceptionKind) -> int:
+    side = math.isqrt(kind.visual_tokens or 0)
+    if not side or side * side != kind.visual_tokens:
+        raise UserError(
+            "a kind with an encoder of its own needs a square number of visual tokens",
+            where=f"the row of {kind.name!r}",
+            got=kind.visual_tokens,
+        )
+    return side
+
+
+def _misfit(kind: PerceptionKind, got: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        "a perception kind's row does not fit its encoder",
+        where=f"the row of {kind.name!r}",
+        got=got,
+        expected=expected,
+        fix="set visual_tokens and input_size of the row, or the encoder's config, to match",
+    )
+
+
+def _check_dino(kind: PerceptionKind, config: Mapping[str, Any]) -> dict[str, int]:
+    patch = int(config["patch_size"])
+    if kind.input_size is None or kind.input_size != _side(kind) * patch:
+        raise _misfit(
+            kind,
+            f"input {kind.input_size} px, patch {patch}, {kind.visual_tokens} visual tokens",
+            "input = patch * sqrt(visual tokens)",
+        )
+    return {}
+
+
+def _check_sam(kind: PerceptionKind, config: Mapping[str, Any]) -> dict[str, int]:
+    image, patch = int(config["image_size"]), int(config["patch_size"])
+    stride, rest = divmod(image // patch, _side(kind))
+    if kind.input_size != image or rest or stride == 0:
+        raise _misfit(
+            kind,
+            f"input {kind.input_size} px, {kind.visual_tokens} visual tokens",
+            f"input {image} px, a side that divides the map's {image // patch}",
+        )
+    return {"stride": stride}
+
+
+def _build_dino(config: Mapping[str, Any]) -> nn.Module:
+    return Dinov2Model(Dinov2Config(**config))
+
+
+def _build_sam(config: Mapping[str, Any]) -> nn.Module:
+    values = {"initializer_range": 0.02, **config}  # transformers' default of 1e-10 learns nothing
+    values.setdefault("num_pos_feats", int(config["output_channels"]) // 2)
+    return SamVisionEncoder(SamVisionConfig(**values))
+
+
+def _run_dino(model: nn.Module, pixels: Tensor) -> Tensor:
+    tokens: Tensor = model(pixel_values=pixels, return_dict=True).last_hidden_state
+    return tokens[:, 1:]  # [N, V, W]: without the class token
+
+
+def _run_sam(model: nn.Module, pixels: Tensor) -> Tensor:
+    result: Tensor = model(pixel_values=pixels, return_dict=True).last_hidden_state
+    return result  # [N, W, H, H]
+
+
+ENCODERS: Mapping[str, EncoderSpec] = {
+    "dino": EncoderSpec(
+        width=lambda config: int(config["hidden_size"]),
+        build=_build_dino,
+        run=_run_dino,
+        check=_check_dino,
+        projector=TokenProjector,
+    ),
+    "sam": EncoderSpec(
+        width=lambda config: int(config["output_channels"]),
+        build=_build_sam,
+        run=_run_sam,
+        check=_check_sam,
+        projector=MapProjector,
+    ),
+}
+"""Encoders besides the base tower, by the name that a row's ``encoder`` gives."""
+
+
+def build_parts(
+    kind: PerceptionKind, encoders: Mapping[str, Mapping[str, Any]], width: int, controls: int
+) -> tuple[nn.Module | None, Projector]:
+    """The encoder (None for the base tower) and projector of one re-encoding kind.
+
+    ``encoders`` are the shapes by config prefix, ``width`` is D, ``controls`` is k.
+    """
+    if kind.encoder == "base":
+        return None, Projector(width, width, controls)
+    if kind.encoder not in ENCODERS:
+        raise UserError(
+            "no such vision encoder",
+            where=f"the row of {kind.name!r}",
+            got=kind.encoder,
+            expected=", ".join(["base", *ENCODERS]),
+        )
+    spec = ENCODERS[kind.encoder]
+    config = encoders.get(kind.config_prefix or "")
+    if config is None:
+        raise CheckpointError(
+            "the config has no shapes for a kind's encoder",
+            where=f"VPTConfig.encoders[{kind.config_prefix!r}]",
+            expected=f"the shapes of the {kind.encoder} encoder",
+        )
+    extra = spec.check(kind, config)
+    projector = spec.projector(spec.width(config), width, controls, **extra)
+    return spec.build(config), projector
+
+
+def run_encoder(kind: PerceptionKind, model: nn.Module, pixels: Tensor) -> Tensor:
+    """Encoder output of ``pixels`` [N, 3, S, S]: [N, V, W] (tokens) or [N, W, H, H] (a map)."""
+    size = kind.input_size
+    if pixels.dim() != 4 or pixels.shape[1] != 3 or tuple(pixels.shape[2:]) != (size, size):
+        raise UserError(
+            "pictures of the wrong shape for this encoder",
+            where=kind.name,
+            got=tuple(pixels.shape),
+            expected=f"[N, 3, {size}, {size}]",
+        )
+    dtype = next(model.parameters()).dtype
+    return ENCODERS[kind.encoder].run(model, pixels.to(dtype))
+
+
+def stack_segments(counts: list[int], device: torch.device) -> Tensor:
+    """Which of ``len(counts)`` segments each of ``sum(counts)`` tokens belongs to, int64."""
+    return torch.repeat_interleave(
+        torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
+    )

@@ -1,0 +1,231 @@
+"""The whole-sequence forward: control states by an earlier pass, then the pass that is scored.
+
+FACTS section 4 gives the order of things; the names here: B rows, L positions, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vpt_agent.errors import UserError
+from vpt_agent.kernels import splice
+from vpt_agent.model.masking import zeroed_positions
+from vpt_agent.model.matching import Place, Plan, make_plan, picture_places
+
+if TYPE_CHECKING:
+    from vpt_agent.model.modeling import VPTForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch as ``forward`` gets it; ``looks`` are encoder inputs by kind."""
+
+    ids: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    pixel_values: Tensor | None
+    grids: Tensor | None
+    looks: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Final-norm hidden states [B, L, D] of the scored pass; see ``VPTOutput`` for the rest."""
+
+    hidden: Tensor
+    controls: Tensor | None
+    features: Tensor | None
+
+
+def run_forward(model: VPTForConditionalGeneration, inputs: Inputs, *, control: str) -> Forward:
+    """Run all passes for ``inputs``; ``control`` is ``published`` or ``causal``."""
+    if control not in ("published", "causal"):
+        raise UserError("no such control rule", got=control, expected="published or causal")
+    if inputs.ids.dim() != 2:
+        raise UserError(
+            "input_ids of the wrong shape", got=tuple(inputs.ids.shape), expected="[B, L]"
+        )
+    two_pass = model.config.num_inner_forward_run == 2
+    frozen = model.config.gradients == "published"
+    with torch.no_grad() if frozen else contextlib.nullcontext():
+        embeds = _base_embeddings(model, inputs)  # [B, L, D]
+        looks = {kind: model.run_tower(kind, **values) for kind, values in inputs.looks.items()}
+    features = {
+        kind: [model.projector(kind).features(encoded) for encoded in tensors]
+        for kind, tensors in looks.items()
+    }
+    counts = {kind: [len(f) for f in tensors] for kind, tensors in features.items()}
+    plan = make_plan(inputs.ids.cpu(), model.table, counts, conditioned=two_pass)
+    positions = _positions(model, inputs)
+    run = _Run(model, inputs, positions, plan, features)
+    current = run.place(embeds, plan.places, [features[p.kind][p.picture] for p in plan.places])
+    if not plan.calls:
+        final = torch.cat(run.placed) if run.placed else None
+        return Forward(run.pass_over(current), None, final)
+    return run.with_controls(current, control)
+
+
+@dataclass
+class _Run:
+    """One forward under way. ``states`` [n, D] fill up, in the order of ``_order``."""
+
+    model: VPTForConditionalGeneration
+    inputs: Inputs
+    positions: Tensor
+    plan: Plan
+    features: Mapping[str, Sequence[Tensor]]
+
+    def __post_init__(self) -> None:
+        self.placed: list[Tensor] = [self.features[p.kind][p.picture] for p in self.plan.places]
+
+    def pass_over(self, embeds: Tensor) -> Tensor:
+        """Hidden states [B, n, D] of the first n positions, ``embeds`` [B, n, D]."""
+        n = embeds.shape[1]
+        mask = None if self.inputs.mask is None else self.inputs.mask[:, :n]
+        return self.model.run_language_model(embeds, self.positions[:, :, :n], mask)
+
+    def place(self, embeds: Tensor, places: Sequence[Place], tensors: Sequence[Tensor]) -> Tensor:
+        """``embeds`` with the features ``tensors`` at their ``places``."""
+        if not places:
+            return embeds
+        length = embeds.shape[1]
+        index = [p.row * length + p.first + i for p in places for i in range(p.count)]
+        return splice(embeds, torch.cat(list(tensors)), torch.tensor(index, device=embeds.device))
+
+    def with_controls(self, current: Tensor, control: str) -> Forward:
+        """Fill in control states and conditioned features, mask, and run the scored pass."""
+        points = [(c.row, at) for c in self.plan.calls for at in c.controls]  # row by row
+        states: dict[tuple[int, int], Tensor] = {}
+        for group in _rounds(points, control):
+            seen = max(at for _, at in group)  # nothing after the last state asked for matters
+            hidden = self.pass_over(current[:, :seen])  # [B, seen, D]
+            states |= {(row, at): hidden[row, at - 1] for row, at in group}
+            current = self._with_states(current, group, states)
+            current = self._with_conditioned(current, group, states)
+        current = self._masked(current)
+        stacked = torch.stack([states[point] for point in points])  # [n, D]
+        final = torch.cat(self.placed) if self.placed else None
+        return Forward(self.pass_over(current), stacked, final)
+
+    def _with_states(
+        self,
+        current: Tensor,
+        group: Sequence[tuple[int, int]],
+        states: Mapping[tuple[int, int], Tensor],
+    ) -> Tensor:
+        index = torch.tensor([row * current.shape[1] + at for row, at in group])
+        return splice(
+            current, torch.stack([states[point] for point in group]), index.to(current.device)
+        )
+
+    def _with_conditioned(
+        self,
+        current: Tensor,
+        group: Sequence[tuple[int, int]],
+        states: Mapping[tuple[int, int], Tensor],
+    ) -> Tensor:
+        done = set(group)
+        calls = self.plan.calls
+        ready = [
+            (i, p)
+            for i, p in enumerate(self.plan.places)
+            if p.call is not None and (calls[p.call].row, calls[p.call].controls[-1]) in done
+        ]
+        for kind in {p.kind: None for _, p in ready}:
+            chosen = [(i, p) for i, p in ready if p.kind == kind]
+            controls = torch.stack(
+                [
+                    torch.stack([states[p.row, at] for at in calls[p.call or 0].controls])
+                    for _, p in chosen
+                ]
+            )  # [M, k, D]
+            joined = self.model.condition_many(
+                kind, [self.placed[i] for i, _ in chosen], controls
+            )
+            tensors = torch.split(joined, [p.count for _, p in chosen])
+            for (i, _), tensor in zip(chosen, tensors, strict=True):
+                self.placed[i] = tensor
+            current = self.place(current, [p for _, p in chosen], tensors)
+        return current
+
+    def _masked(self, current: Tensor) -> Tensor:
+        if not self.plan.places:  # as published: only where a picture is re-encoded
+            return current
+        config = self.model.config
+        zeroed = zeroed_positions(
+            self.inputs.ids,
+            rows=sorted({c.row for c in self.plan.calls}),
+            spared=[(c.row, at) for c in self.plan.calls for at in c.controls],
+            mask_id=config.para_mask_id,
+            ratio=config.para_mask_ratio,
+            start_id=config.para_start_id,
+            end_id=config.para_end_id,
+        )
+        return current if zeroed is None else current.masked_fill(zeroed[:, :, None], 0.0)
+
+
+def _rounds(points: Sequence[tuple[int, int]], control: str) -> list[list[tuple[int, int]]]:
+    """Which control tokens (row, position) get their states in the same pass."""
+    if control == "published":
+        return [list(points)]
+    by_row: dict[int, list[tuple[int, int]]] = {}
+    for point in points:
+        by_row.setdefault(point[0], []).append(point)
+    for row in by_row.values():
+        row.sort()
+    longest = max(len(row) for row in by_row.values())
+    return [[row[i] for row in by_row.values() if i < len(row)] for i in range(longest)]
+
+
+def _base_embeddings(model: VPTForConditionalGeneration, inputs: Inputs) -> Tensor:
+    """Token embeddings [B, L, D] with the base tower's pictures in place."""
+    embeds: Tensor = model.get_input_embeddings()(inputs.ids)
+    pictures: tuple[Tensor, ...] = ()
+    if (inputs.pixel_values is None) != (inputs.grids is None):
+        raise UserError("pixel_values and image_grid_thw go together", where="forward")
+    if inputs.pixel_values is not None and inputs.grids is not None:
+        pictures = model.encode_images(inputs.pixel_values, inputs.grids)
+    places = picture_places(
+        inputs.ids.cpu(), model.config.image_token_id, [len(p) for p in pictures], kind="image"
+    )
+    if not places:
+        return embeds
+    length = embeds.shape[1]
+    index = [p.row * length + p.first + i for p in places for i in range(p.count)]
+    return splice(embeds, torch.cat(pictures), torch.tensor(index, device=embeds.device))
+
+
+def _positions(model: VPTForConditionalGeneration, inputs: Inputs) -> Tensor:
+    """Position ids [3, B, L]: those given, or by ``config.positions``."""
+    rows, length = inputs.ids.shape
+    device = inputs.ids.device
+    given = inputs.positions
+    if given is not None:
+        if tuple(given.shape) == (rows, length):
+            return given.expand(3, rows, length)
+        if tuple(given.shape) != (3, rows, length):
+            raise UserError(
+                "position_ids of the wrong shape",
+                got=tuple(given.shape),
+                expected=f"(3, {rows}, {length}) or ({rows}, {length})",
+            )
+        return given
+    if model.config.positions == "published":
+        return torch.arange(length, device=device).expand(3, rows, length)
+    positions = torch.zeros(3, rows, length, dtype=torch.int64)
+    ids = inputs.ids.cpu()
+    grids = [] if inputs.grids is None else inputs.grids.tolist()
+    for row in range(rows):
+        kept = slice(None) if inputs.mask is None else inputs.mask[row].bool().cpu()
+        sequence = ids[row][kept]
+        pads = (sequence == model.config.image_token_id).to(torch.int8)
+        count = int((torch.diff(pads, prepend=pads.new_zeros(1)) == 1).sum())
+        positions[:, row, kept] = model.rope_positions(sequence, grids[:count])
+        grids = grids[count:]
+    return positions.to(device)

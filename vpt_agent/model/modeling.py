@@ -1,0 +1,332 @@
+"""VPTForConditionalGeneration: Qwen2-VL with perception kinds, on transformers' own parts.
+
+Parts carry the published names (``visual``, ``model``, ``lm_head``, ``{prefix}_model``,
+``{prefix}_projector``), so published keys fit without renaming. B rows, L positions, D the
+language model's width, V visual tokens of one picture, k control tokens per call, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLPreTrainedModel,
+    Qwen2VLTextModel,
+)
+from transformers.utils import ModelOutput
+
+from vpt_agent.errors import UserError
+from vpt_agent.kernels import condition as condition_op
+from vpt_agent.model.configuration import VPTConfig, register
+from vpt_agent.model.encoders import Projector, build_parts, run_encoder, stack_segments
+from vpt_agent.model.forward import Inputs, run_forward
+from vpt_agent.model.positions import Grid, rope_positions
+
+
+@dataclass
+class VPTOutput(ModelOutput):  # type: ignore[misc]
+    """What ``forward`` gives.
+
+    ``loss`` scalar float32 (with labels), ``logits`` [B, L, vocab] float32 of the last pass,
+    ``controls`` [n, D]: the control state of each control token, row by row; ``features`` [m, D]:
+    what stands at the placeholders of re-encoded pictures in the last pass, row by row.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    controls: Tensor | None = None
+    features: Tensor | None = None
+
+
+class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The VPT model. Use it through :class:`vpt_agent.PerceptionAgent`, or train its ``forward``.
+
+    The methods below ``forward`` are what an engine builds a run from; they have no gradient
+    control and no state.
+    """
+
+    config_class = VPTConfig
+    config: VPTConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = False  # the loss is the mean over one batch's labels, as published
+
+    def __init__(self, config: VPTConfig) -> None:
+        super().__init__(config)
+        self.visual = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.model = Qwen2VLTextModel._from_config(config.text_config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.table = config.table
+        self._encoders: dict[str, str] = {}  # kind -> attribute
+        self._projectors: dict[str, str] = {}
+        for row in self.table.rows:
+            kind = row.kind
+            if kind.payload != "control" or kind.projector is None:
+                continue
+            encoder, projector = build_parts(
+                kind, config.encoders or {}, text.hidden_size, self.table.controls
+            )
+            self._projectors[kind.name] = kind.projector
+            setattr(self, kind.projector, projector)
+            if encoder is not None:
+                self._encoders[kind.name] = f"{kind.config_prefix}_model"
+                setattr(self, f"{kind.config_prefix}_model", encoder)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Projector):
+            module.reset_parameters()
+        elif not any(isinstance(parent, Projector) for parent in _owners(self, module)):
+            super()._init_weights(module)
+
+    # --- parts, by kind -----------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings [vocab, D]."""
+        embeddings: nn.Module = self.model.embed_tokens
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.model.embed_tokens = value
+
+    def projector(self, kind: str) -> Projector:
+        """The projector of a re-encoding kind."""
+        if kind not in self._projectors:
+            raise UserError(
+                "this model cannot re-encode with that kind",
+                got=kind,
+                expected=", ".join(self._projectors) or "no kind at all",
+            )
+        part = getattr(self, self._projectors[kind])
+        assert isinstance(part, Projector)
+        return part
+
+    def encoder(self, kind: str) -> nn.Module | None:
+        """The kind's own encoder, or None where the base tower is its encoder."""
+        self.projector(kind)
+        name = self._encoders.get(kind)
+        return None if name is None else getattr(self, name)
+
+    # --- what an engine calls -----------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
+        """Visual tokens of N pictures from the base tower and merger: N tensors [V_i, D].
+
+        ``pixel_values`` [P, C*T*p*p] float: the patches of all pictures, one after the other;
+        ``grid_thw`` [N, 3] int64: their grids in patches, whose products sum to P.
+        """
+        expected = int(grid_thw.prod(-1).sum())
+        if pixel_values.shape[0] != expected:
+            raise UserError(
+                "patches and grids of the pictures do not fit",
+                got=f"{pixel_values.shape[0]} patches",
+                expected=f"{expected}, by the grids {grid_thw.tolist()}",
+            )
+        weight = self.visual.patch_embed.proj.weight
+        output = self.visual(
+            pixel_values.to(weight.dtype), grid_thw=grid_thw, return_dict=True
+        ).pooler_output  # [sum V_i, D]
+        counts = grid_thw.prod(-1) // self.visual.spatial_merge_size**2
+        return torch.split(output, counts.tolist())
+
+    def run_tower(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Encoder output of a kind, before its projector: one tensor per picture.
+
+        Kinds of the base tower take ``pixel_values`` and ``grid_thw``, the others ``pixels``
+        [N, 3, S, S] float, normalised, S being the row's ``input_size``.
+        """
+        module = self.encoder(kind)
+        wanted = {"pixels"} if module is not None else {"pixel_values", "grid_thw"}
+        if set(inputs) != wanted:
+            raise UserError(
+                "wrong inputs for this kind's encoder",
+                where=kind,
+                got=", ".join(sorted(inputs)) or "nothing",
+                expected=", ".join(sorted(wanted)),
+            )
+        if module is None:
+            return self.encode_images(**inputs)
+        return tuple(run_encoder(self.table[kind].kind, module, inputs["pixels"]))
+
+    def encode(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Unconditioned features f of a re-encoding kind: one [V, D] per picture.
+
+        Inputs as :meth:`run_tower`.
+        """
+        projector = self.projector(kind)
+        return tuple(projector.features(encoded) for encoded in self.run_tower(kind, **inputs))
+
+    def features_from_base(self, kind: str, tower_tokens: Tensor) -> Tensor:
+        """Features f [V, D] of a kind of the base tower from tokens [V, D] it already gave."""
+        if self.encoder(kind) is not None:
+            raise UserError(
+                "this kind does not use the base tower, so its tokens cannot be reused",
+                got=kind,
+                fix="call encode()",
+            )
+        return self.projector(kind).features(tower_tokens)
+
+    def condition(self, kind: str, features: Tensor, control: Tensor) -> Tensor:
+        """Features [V, D] of one picture conditioned on the control states [k, D] of its call."""
+        return self.condition_many(kind, [features], control[None])
+
+    def condition_many(
+        self, kind: str, features: Sequence[Tensor], controls: Tensor
+    ) -> Tensor:
+        """Features of M pictures, each on its own control states [M, k, D]: [sum V_i, D].
+
+        Paper section 3.3: c = linear(LN(control states)), result f + (f . c) c.
+        """
+        k, width = self.table.controls, self.config.text_config.hidden_size
+        if tuple(controls.shape) != (len(features), k, width):
+            raise UserError(
+                "control states of the wrong shape",
+                where=kind,
+                got=tuple(controls.shape),
+                expected=f"{len(features)} pictures of [{k}, {width}]",
+            )
+        projector = self.projector(kind)
+        conditions = projector.condition(controls.to(projector.linear_condition.weight.dtype))
+        segments = stack_segments([len(f) for f in features], conditions.device)
+        return condition_op(torch.cat(list(features)), conditions, segments)
+
+    def run_language_model(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Final-norm hidden states [B, L, D] of ``inputs_embeds`` [B, L, D].
+
+        ``position_ids`` [3, B, L] int64. ``attention_mask``: bool [B, 1, L, S] as it is (True may
+        be seen, S the cache's length), or [B, L] (1 for tokens, 0 for padding), or None for
+        causal. ``past_key_values`` is updated in place.
+        """
+        output = self.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            return_dict=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] float32 of final-norm hidden states [..., D]."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
+
+    def rope_positions(self, input_ids: Tensor, grids: Sequence[Grid] | Tensor) -> Tensor:
+        """M-RoPE positions [3, L] of one unpadded sequence [L]; ``grids`` of its base pictures."""
+        rows = grids.tolist() if isinstance(grids, Tensor) else grids
+        return rope_positions(
+            input_ids,
+            [(int(t), int(h), int(w)) for t, h, w in rows],
+            self.config.image_token_id,
+            merge=self.visual.spatial_merge_size,
+        )
+
+    # --- training and scoring -----------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        detection_images: Tensor | None = None,
+        seg_images: Tensor | None = None,
+        clip_pixel_values: Tensor | None = None,
+        clip_images_grid_thw: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        perception_inputs: Mapping[str, Mapping[str, Tensor]] | None = None,
+        control: str | None = None,
+        logits_to_keep: int = 0,
+        mm_token_type_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+        **unsupported: Any,
+    ) -> VPTOutput | tuple[Any, ...]:
+        """Logits and loss of whole sequences (paper section 3.3; FACTS section 4).
+
+        ``input_ids`` [B, L] int64, ``attention_mask`` [B, L], ``position_ids`` [3, B, L] or [B, L]
+        (None: by ``config.positions``), ``labels`` [B, L] with -100 where there is none: the loss
+        is the mean over the others, shifted by one. Pictures row by row: ``pixel_values`` and
+        ``image_grid_thw`` of the base tower, ``clip_pixel_values`` [P, 1176] and
+        ``clip_images_grid_thw`` [N, 3], ``detection_images`` [N, 3, 224, 224], ``seg_images``
+        [N, 3, 1024, 1024] for re-encoding; ``perception_inputs`` maps any kind's name to the
+        inputs of :meth:`run_tower`. ``control`` overrides ``config.control``.
+        ``mm_token_type_ids`` is what the processor also gives; positions follow from the ids.
+        Anything else that is not None is a :class:`UserError`: nothing is ignored.
+        """
+        given = sorted(k for k, v in unsupported.items() if v is not None and v is not False)
+        if given or input_ids is None:
+            raise UserError(
+                "forward cannot use this" if given else "forward needs input_ids",
+                where="VPTForConditionalGeneration.forward",
+                got=", ".join(given) or None,
+                fix="videos are not supported; for embeddings or a cache use run_language_model"
+                if given
+                else "pass input_ids [B, L]",
+            )
+        named = {
+            "clip": {"pixel_values": clip_pixel_values, "grid_thw": clip_images_grid_thw},
+            "dino": {"pixels": detection_images},
+            "sam": {"pixels": seg_images},
+        }
+        looks: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in (perception_inputs or {}).items()}
+        for kind, values in named.items():
+            present = {name: value for name, value in values.items() if value is not None}
+            if present:
+                looks.setdefault(kind, {}).update(present)
+        output = run_forward(
+            self,
+            Inputs(input_ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks),
+            control=control or self.config.control,
+        )
+        hidden = output.hidden[:, -logits_to_keep:] if logits_to_keep else output.hidden
+        logits = self.compute_logits(hidden)
+        loss = None
+        if labels is not None:
+            scored = logits if not logits_to_keep else self.compute_logits(output.hidden)
+            loss = token_mean_loss(scored, labels)
+        result = VPTOutput(
+            loss=loss, logits=logits, controls=output.controls, features=output.features
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def generate(self, *_: object, **__: object) -> Tensor:
+        """Not offered: transformers' loop would neither run calls nor append their results."""
+        raise UserError(
+            "generate() cannot run perception calls",
+            where="VPTForConditionalGeneration.generate",
+            fix="use vpt_agent.PerceptionAgent, or vpt_agent.engine for raw sessions",
+        )
+
+
+def token_mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of ``logits`` [B, L, vocab] float32 for the next labels, mean over tokens."""
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])  # [B*(L-1), vocab]
+    target = labels[:, 1:].reshape(-1).to(flat.device)
+    return nn.functional.cross_entropy(flat, target, ignore_index=-100)
+
+
+def _owners(root: nn.Module, module: nn.Module) -> list[nn.Module]:
+    return [m for m in root.modules() if any(child is module for child in m.children())]
+
+
+register()
+AutoModelForImageTextToText.register(VPTConfig, VPTForConditionalGeneration, exist_ok=True)
