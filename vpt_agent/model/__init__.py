@@ -2,5 +2,15 @@
 
 from vpt_agent.model.configuration import VPTConfig, perception_manifest
 from vpt_agent.model.modeling import VPTForConditionalGeneration, VPTOutput
+from vpt_agent.model.processing import VPTProcessor
+from vpt_agent.model.processing import register as _register_processor
 
-__all__ = ["VPTConfig", "VPTForConditionalGeneration", "VPTOutput", "perception_manifest"]
+_register_processor()
+
+__all__ = [
+    "VPTConfig",
+    "VPTForConditionalGeneration",
+    "VPTOutput",
+    "VPTProcessor",
+    "perception_manifest",
+]
