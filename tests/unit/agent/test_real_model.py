@@ -114,7 +114,7 @@ def test_batch_equals_single_runs_for_every_kind(agent: PerceptionAgent) -> None
         for i, tool in enumerate([*TOOLS, "none", "auto"])
     ]
     options = {"limits": LIMITS, "temperature": 1.0}
-    with ending(agent, 3.0):
+    with ending(agent, 7.0):
         together = agent.run_batch(questions, **options)
         alone = [agent.run_batch([question], **options)[0] for question in questions]
     assert sum(len(a.results) > 0 and a.results[0].ok for a in together) >= 3
