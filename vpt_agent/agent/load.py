@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vpt_agent.agent.plan import Abilities
+from vpt_agent.config import shipped_model
 from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.prompt.vpt import Tokenizer
 from vpt_agent.vision.policy import ImagePolicy
@@ -29,19 +29,6 @@ class Parts:
     policy: ImagePolicy
     abilities: Abilities
     max_positions: int
-
-
-def shipped_model() -> Path:
-    """The directory of the small model that ships with the package."""
-    folder = resources.files("vpt_agent") / "weights" / "nano"
-    path = Path(str(folder))
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            "this installation lacks the small model that ships with the package",
-            where=path,
-            fix="reinstall vpt-agent, or name a checkpoint",
-        )
-    return path
 
 
 def load_parts(

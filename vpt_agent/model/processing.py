@@ -85,7 +85,10 @@ class VPTProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, config: VPTConfig | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        config: VPTConfig | None = None,
+        **kwargs: Any,
     ) -> VPTProcessor:
         """Read tokenizer, image processor (published values if the file is missing) and config.
 
@@ -263,5 +266,3 @@ def chat_template(table: PerceptionTable) -> str:
 def register() -> None:
     """Make AutoProcessor know the processor."""
     AutoProcessor.register(VPTConfig, VPTProcessor, exist_ok=True)
-
-

@@ -67,9 +67,7 @@ def byte_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def tiny_table(
-    encoders: Iterable[str], *, controls: int = 1, grid: int = 8
-) -> PerceptionTable:
+def tiny_table(encoders: Iterable[str], *, controls: int = 1, grid: int = 8) -> PerceptionTable:
     """The published rows, with the tiny encoders' sizes."""
     table = PerceptionTable.published(encoders, grid=grid, controls=controls)
     rows = []
