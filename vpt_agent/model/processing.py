@@ -96,13 +96,13 @@ class VPTProcessor(ProcessorMixin):
         tokens) that the directory has not.
         """
         hub = {k: v for k, v in kwargs.items() if k in HUB_OPTIONS and v is not None}
+        source = str(pretrained_model_name_or_path)
         if config is None:
-            config = VPTConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        tokenizer, _ = load_tokenizer(
-            pretrained_model_name_or_path, config.table.table if config.perception else None, **hub
-        )
+            config = VPTConfig.from_pretrained(source, **hub)
+        table = config.table.table if config.perception else None
+        tokenizer, _ = load_tokenizer(source, table, **hub)
         try:
-            found = Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **hub)
+            found = Qwen2VLImageProcessorPil.from_pretrained(source, **hub)
         except OSError:  # no such file: the published checkpoints come without
             found = None
         return cls.for_model(config, tokenizer, found)
@@ -119,7 +119,7 @@ class VPTProcessor(ProcessorMixin):
         """The kinds."""
         return PerceptionTable.from_manifest(self.perception["table"])
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Pictures = None,
         text: str | Sequence[str] | None = None,
@@ -228,7 +228,7 @@ def _views(pictures: Pictures) -> list[View]:
         return [pictures]
     if isinstance(pictures, list | tuple):
         return [v for p in pictures for v in _views(p)]
-    return list(load_views(pictures))  # type: ignore[arg-type]
+    return list(load_views(pictures))
 
 
 def chat_template(table: PerceptionTable) -> str:
