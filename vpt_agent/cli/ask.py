@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from vpt_agent.cli.output import (
     print_json,
     progress,
 )
-from vpt_agent.errors import ImageError, UserError
+from vpt_agent.errors import CheckpointError, ImageError, UserError
 from vpt_agent.types import Answer, Limits
 
 if TYPE_CHECKING:
@@ -25,10 +26,26 @@ if TYPE_CHECKING:
 def load_agent(
     model: str | None, *, device: str, dtype: str, progress: Progress
 ) -> PerceptionAgent:
-    """Load the agent. Tests replace this function."""
+    """Load the agent. Tests replace this function.
+
+    What transformers cannot find or read is an OSError there, and bad input here.
+    """
+    from transformers.utils import logging
+
     from vpt_agent.agent import PerceptionAgent
 
-    return PerceptionAgent.from_pretrained(model, device=device, dtype=dtype, progress=progress)
+    if model is None or not sys.stderr.isatty():
+        # The bars of transformers are for people who wait for a large model.
+        logging.disable_progress_bar()
+    try:
+        return PerceptionAgent.from_pretrained(model, device=device, dtype=dtype, progress=progress)
+    except OSError as error:
+        raise CheckpointError(
+            "the checkpoint cannot be loaded",
+            where=model,
+            got=str(error).splitlines()[0],
+            expected="a folder with a config.json, or the name of a repository on the hub",
+        ) from error
 
 
 def split_words(words: list[str], images: list[str]) -> tuple[list[str], str]:

@@ -24,7 +24,9 @@ def show(run: Run) -> None:
 
     # Lines are not broken where no terminal says how wide it is: a pipe's reader wants them whole.
     console = Console(soft_wrap=True, highlight=False)
-    console.print(render_text(Trace.read(run)), end="")
+    page = render_text(Trace.read(run))
+    page.rstrip()  # print ends the last line itself
+    console.print(page)
 
 
 @app.command()

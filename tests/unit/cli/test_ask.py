@@ -218,3 +218,11 @@ def test_bad_usage_exits_2(agent: FakeAgent, picture: str, options: list[str]) -
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
     assert agent.loaded == {}
+
+
+def test_a_checkpoint_that_is_not_there_exits_2(picture: str, tmp_path: Path) -> None:
+    """With the real loader: what transformers raises is not a UserError."""
+    result = run(picture, "What?", "--model", str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert "error: " in result.stderr
+    assert str(tmp_path / "nowhere") in result.stderr
