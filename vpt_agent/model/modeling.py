@@ -7,8 +7,9 @@ language model's width, V visual tokens of one picture, k control tokens per cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from vpt_agent.errors import UserError
 from vpt_agent.kernels import condition as condition_op
+from vpt_agent.model.checkpoint import FromScratch, load_model
 from vpt_agent.model.configuration import VPTConfig, register
 from vpt_agent.model.encoders import Projector, build_parts, run_encoder, stack_segments
 from vpt_agent.model.forward import Inputs, run_forward
@@ -82,10 +84,54 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        # transformers comes from the leaves up, so this has the last word on a projector.
         if isinstance(module, Projector):
             module.reset_parameters()
-        elif not any(isinstance(parent, Projector) for parent in _owners(self, module)):
+        else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *model_args: Any,
+        config: VPTConfig | None = None,
+        encoders: Iterable[str] | None = None,
+        encoder_weights: Mapping[str, str | Path] | None = None,
+        controls: int = 1,
+        grid: int = 8,
+        for_training: bool = False,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> VPTForConditionalGeneration:
+        """Load a published VPT checkpoint, one of ours, or a plain Qwen2-VL with ``encoders``.
+
+        The name is a directory or a hub name. ``encoders`` (any of clip, dino, sam; may be empty)
+        makes a fresh VPT model of a plain Qwen2-VL: ``controls`` control tokens per call, ``grid``
+        cells a side, ``encoder_weights`` directories of DINOv2 and SAM models by kind, random
+        without. ``for_training`` puts the masks of a checkpoint's training into force; without it
+        they rest. ``device`` moves the model; ``dtype``, ``device_map`` and the rest go to
+        transformers. A missing, unexpected or misshapen tensor is a
+        :class:`~vpt_agent.errors.CheckpointError` that names it.
+        """
+        if pretrained_model_name_or_path is None:  # a state dict in memory: transformers' business
+            made = super().from_pretrained(None, *model_args, config=config, **kwargs)
+        else:
+            scratch = None
+            if encoders is not None:
+                scratch = FromScratch(tuple(encoders), controls, grid, encoder_weights)
+            given = kwargs.pop("output_loading_info", False)
+            made = load_model(
+                super().from_pretrained,
+                pretrained_model_name_or_path,
+                config=config,
+                scratch=scratch,
+                for_training=for_training,
+                **kwargs,
+            )
+            if given:  # all of them empty, or loading would have failed
+                return made, dict.fromkeys(("missing_keys", "unexpected_keys"), set())
+        return made if device is None else made.to(device)
 
     # --- parts, by kind -----------------------------------------------------------------------
 
@@ -210,12 +256,17 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
 
         ``position_ids`` [3, B, L] int64. ``attention_mask``: bool [B, 1, L, S] as it is (True may
         be seen, S the cache's length), or [B, L] (1 for tokens, 0 for padding), or None for
-        causal. ``past_key_values`` is updated in place.
+        plain causal; with a cache None means that the caller vouches for it (one query a row, or
+        a block at the start). ``past_key_values`` is updated in place.
         """
+        mask: Any = attention_mask
+        if past_key_values is not None and attention_mask is None:
+            # Ready masks, of which there are none: transformers would build one from the cache.
+            mask = dict.fromkeys(self.config.text_config.layer_types)
         output = self.model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             return_dict=True,
@@ -322,10 +373,6 @@ def token_mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     flat = logits[:, :-1].reshape(-1, logits.shape[-1])  # [B*(L-1), vocab]
     target = labels[:, 1:].reshape(-1).to(flat.device)
     return nn.functional.cross_entropy(flat, target, ignore_index=-100)
-
-
-def _owners(root: nn.Module, module: nn.Module) -> list[nn.Module]:
-    return [m for m in root.modules() if any(child is module for child in m.children())]
 
 
 register()
