@@ -8,6 +8,7 @@ shapes. The rest of the ids is looked up in the tokenizer that lies beside the c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vpt_agent.errors import CheckpointError
@@ -47,7 +48,9 @@ _KEPT = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_en
          "torch_dtype", "dtype")  # fmt: skip
 
 
-def from_published(data: Mapping[str, Any], source: str | None, **hub: Any) -> dict[str, Any]:
+def from_published(
+    data: Mapping[str, Any], source: str | Path | None, **hub: Any
+) -> dict[str, Any]:
     """The config dict of ours that says the same as the published ``data``.
 
     ``source`` is the directory or hub name it came from (the tokenizer lies there, and the name
@@ -60,6 +63,7 @@ def from_published(data: Mapping[str, Any], source: str | None, **hub: Any) -> d
             got="a config without the place it came from",
             fix="load it from its directory or hub name, where the tokenizer lies",
         )
+    source = str(source)
     table = PerceptionTable.published(
         published_encoders(data), controls=int(data.get("projector_scale", 1))
     )
@@ -84,7 +88,7 @@ def from_published(data: Mapping[str, Any], source: str | None, **hub: Any) -> d
             "ids": ids,
             "images": dict(PUBLISHED_IMAGES),
             "regions": "published",
-            "trigger": "free" if "NoPrompt" in source else "phrase",
+            "trigger": "free" if _chooses_freely(source) else "phrase",
             "untrained": untrained,
             "domain": "",
             "tools": {},
@@ -97,6 +101,13 @@ def from_published(data: Mapping[str, Any], source: str | None, **hub: Any) -> d
         },
     }
     return config
+
+
+def _chooses_freely(source: str) -> bool:
+    # Two checkpoints have equal configs: only their names tell which one needs no phrase.
+    parts = Path(source).parts
+    names = [*parts[-1:], *(part for part in parts if part.startswith("models--"))]
+    return any(name.endswith("NoPrompt") for name in names)
 
 
 def published_encoders(data: Mapping[str, Any]) -> list[str]:
