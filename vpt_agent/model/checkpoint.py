@@ -12,7 +12,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.model.configuration import VPTConfig
-from vpt_agent.model.fresh import fresh_config, initialise_fresh
+from vpt_agent.model.fresh import FromScratch, fresh_config, initialise_fresh
 from vpt_agent.model.published import PUBLISHED_MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -50,16 +49,6 @@ _WEIGHTS = (
     "pytorch_model.bin",
 )
 _PATTERNS = ["*.json", "*.txt", "*.jinja", "model*.safetensors", "pytorch_model*.bin"]
-
-
-@dataclass(frozen=True)
-class FromScratch:
-    """How a plain Qwen2-VL becomes a VPT model; see ``from_pretrained``."""
-
-    encoders: tuple[str, ...]
-    controls: int = 1
-    grid: int = 8
-    weights: Mapping[str, str | Path] | None = None
 
 
 def find_checkpoint(name: str | Path, *, subfolder: str = "", **hub: Any) -> Path:
@@ -209,8 +198,10 @@ def load_model(
     scratch: FromScratch | None,
     for_training: bool,
     **kwargs: Any,
-) -> VPTForConditionalGeneration:
+) -> tuple[VPTForConditionalGeneration, Mapping[str, Any]]:
     """Load ``name`` with transformers' ``load``, and refuse what it would let pass.
+
+    Returns the model and transformers' report on the keys.
 
     ``scratch`` makes a fresh VPT model of a plain Qwen2-VL. Training masks act only with
     ``for_training``. Missing, unexpected and misshapen tensors are a :class:`CheckpointError`.
@@ -247,8 +238,7 @@ def load_model(
     if fresh is not None and scratch is not None:
         initialise_fresh(model, fresh, scratch.weights or {})
     model.config.name_or_path = str(name)
-    loaded: VPTForConditionalGeneration = model
-    return loaded
+    return model, info
 
 
 def _check_request(folder: Path, plain: bool, scratch: FromScratch | None) -> None:

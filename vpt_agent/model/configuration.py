@@ -8,7 +8,7 @@
 | ``ids`` | token spelling → id, for every token of the table |
 | ``images`` | image policy, as ``vpt_agent.vision`` reads it |
 | ``regions`` | grid → box policy: ``published`` or ``cover`` |
-| ``trigger`` | ``phrase``: re-encoding and regions need their trigger phrase; ``free``: the model chooses |
+| ``trigger`` | ``phrase``: calls need their trigger phrase; ``free``: the model chooses |
 | ``untrained`` | names of kinds whose weights are random |
 | ``domain`` | what the model is good for, one sentence, or empty |
 | ``tools`` | tool name → hash of its contract when the model was trained |
@@ -43,7 +43,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class VPTConfig(Qwen2VLConfig):  # type: ignore[misc]
+class VPTConfig(Qwen2VLConfig):
     """Config of :class:`VPTForConditionalGeneration`.
 
     ``num_inner_forward_run`` 2 is the model with control states, 1 the alignment stage without;

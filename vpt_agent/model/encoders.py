@@ -139,13 +139,15 @@ def _check_sam(kind: PerceptionKind, config: Mapping[str, Any]) -> dict[str, int
 
 
 def _build_dino(config: Mapping[str, Any]) -> nn.Module:
-    return Dinov2Model(Dinov2Config(**config))
+    model: nn.Module = Dinov2Model(Dinov2Config(**config))
+    return model
 
 
 def _build_sam(config: Mapping[str, Any]) -> nn.Module:
     values = {"initializer_range": 0.02, **config}  # transformers' default of 1e-10 learns nothing
     values.setdefault("num_pos_feats", int(config["output_channels"]) // 2)
-    return SamVisionEncoder(SamVisionConfig(**values))
+    model: nn.Module = SamVisionEncoder(SamVisionConfig(**values))
+    return model
 
 
 def _run_dino(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -145,9 +145,7 @@ class _Run:
                     for _, p in chosen
                 ]
             )  # [M, k, D]
-            joined = self.model.condition_many(
-                kind, [self.placed[i] for i, _ in chosen], controls
-            )
+            joined = self.model.condition_many(kind, [self.placed[i] for i, _ in chosen], controls)
             tensors = torch.split(joined, [p.count for _, p in chosen])
             for (i, _), tensor in zip(chosen, tensors, strict=True):
                 self.placed[i] = tensor

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Dinov2Model, SamModel
 
 from vpt_agent.errors import CheckpointError, UserError
@@ -26,13 +26,14 @@ EMBEDDING_MULTIPLE = 64
 """Embedding rows are a multiple of this after a resize, as published."""
 
 
-class Wanted(Protocol):
-    """What a fresh model shall have: kinds, control tokens, grid, weights by kind."""
+@dataclass(frozen=True)
+class FromScratch:
+    """How a plain Qwen2-VL becomes a VPT model; see ``from_pretrained``."""
 
     encoders: tuple[str, ...]
-    controls: int
-    grid: int
-    weights: Mapping[str, str | Path] | None
+    controls: int = 1
+    grid: int = 8
+    weights: Mapping[str, str | Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Fresh:
     tokens: int
 
 
-def fresh_config(folder: Path, wanted: Wanted) -> tuple[VPTConfig, Fresh]:
+def fresh_config(folder: Path, wanted: FromScratch) -> tuple[VPTConfig, Fresh]:
     """The config that makes a VPT model of the plain Qwen2-VL in ``folder``."""
     data: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     table = PerceptionTable.published(wanted.encoders, grid=wanted.grid, controls=wanted.controls)
@@ -114,11 +115,13 @@ def _encoder_config(folder: Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def _load_dino(folder: Path) -> nn.Module:
-    return Dinov2Model.from_pretrained(folder, dtype=torch.float32)
+    model: nn.Module = Dinov2Model.from_pretrained(folder, dtype=torch.float32)
+    return model
 
 
 def _load_sam(folder: Path) -> nn.Module:
-    return SamModel.from_pretrained(folder, dtype=torch.float32).vision_encoder
+    model: nn.Module = SamModel.from_pretrained(folder, dtype=torch.float32).vision_encoder
+    return model
 
 
 _LOADERS = {"dino": _load_dino, "sam": _load_sam}
@@ -132,7 +135,7 @@ def initialise_fresh(
     transformers has given the new parts their random weights. Embeddings grow only if the tokens
     do not fit: added rows are the mean of the old ones plus noise of 1/sqrt(D), as published.
     """
-    if fresh.tokens > model.get_input_embeddings().num_embeddings:
+    if fresh.tokens > model.config.text_config.vocab_size:
         _grow(model, fresh.tokens)
     for name, source in weights.items():
         target = model.encoder(name)
@@ -142,14 +145,12 @@ def initialise_fresh(
 
 
 def _grow(model: VPTForConditionalGeneration, tokens: int) -> None:
-    old = model.get_input_embeddings().num_embeddings
+    old = model.config.text_config.vocab_size
     model.resize_token_embeddings(
         tokens, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False
     )
-    tables = [model.get_input_embeddings().weight, model.lm_head.weight]
-    if tables[0] is tables[1]:
-        del tables[1]
+    tables: list[Tensor] = [model.model.embed_tokens.weight, model.lm_head.weight]
     with torch.no_grad():
-        for table in tables:
+        for table in tables[: 1 if tables[0] is tables[1] else 2]:
             noise = torch.randn_like(table[old:]) / table.shape[1] ** 0.5
             table[old:] = table[:old].mean(0) + noise

@@ -135,9 +135,7 @@ def make_plan(
     return Plan(calls, tuple(places))
 
 
-def _with_calls(
-    places: Sequence[Place], calls: Sequence[Call], kind: ResolvedKind
-) -> list[Place]:
+def _with_calls(places: Sequence[Place], calls: Sequence[Call], kind: ResolvedKind) -> list[Place]:
     by_row: dict[int, list[int]] = {}
     for index, call in enumerate(calls):
         if call.kind == kind.name:
@@ -160,7 +158,5 @@ def _with_calls(
                 where=f"row {place.row}, position {place.first}, kind {kind.name}",
                 got=f"its call at position {calls[index].controls[0]}",
             )
-        result.append(
-            Place(place.kind, place.row, place.first, place.count, place.picture, index)
-        )
+        result.append(Place(place.kind, place.row, place.first, place.count, place.picture, index))
     return result

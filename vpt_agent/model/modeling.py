@@ -26,15 +26,16 @@ from transformers.utils import ModelOutput
 
 from vpt_agent.errors import UserError
 from vpt_agent.kernels import condition as condition_op
-from vpt_agent.model.checkpoint import FromScratch, load_model
+from vpt_agent.model.checkpoint import load_model
 from vpt_agent.model.configuration import VPTConfig, register
 from vpt_agent.model.encoders import Projector, build_parts, run_encoder, stack_segments
 from vpt_agent.model.forward import Inputs, run_forward
+from vpt_agent.model.fresh import FromScratch
 from vpt_agent.model.positions import Grid, rope_positions
 
 
 @dataclass
-class VPTOutput(ModelOutput):  # type: ignore[misc]
+class VPTOutput(ModelOutput):
     """What ``forward`` gives.
 
     ``loss`` scalar float32 (with labels), ``logits`` [B, L, vocab] float32 of the last pass,
@@ -48,7 +49,7 @@ class VPTOutput(ModelOutput):  # type: ignore[misc]
     features: Tensor | None = None
 
 
-class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     """The VPT model. Use it through :class:`vpt_agent.PerceptionAgent`, or train its ``forward``.
 
     The methods below ``forward`` are what an engine builds a run from; they have no gradient
@@ -114,14 +115,15 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
         transformers. A missing, unexpected or misshapen tensor is a
         :class:`~vpt_agent.errors.CheckpointError` that names it.
         """
+        info: Mapping[str, Any] = {}
+        reported = kwargs.pop("output_loading_info", False)
         if pretrained_model_name_or_path is None:  # a state dict in memory: transformers' business
             made = super().from_pretrained(None, *model_args, config=config, **kwargs)
         else:
             scratch = None
             if encoders is not None:
                 scratch = FromScratch(tuple(encoders), controls, grid, encoder_weights)
-            given = kwargs.pop("output_loading_info", False)
-            made = load_model(
+            made, info = load_model(
                 super().from_pretrained,
                 pretrained_model_name_or_path,
                 config=config,
@@ -129,9 +131,8 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
                 for_training=for_training,
                 **kwargs,
             )
-            if given:  # all of them empty, or loading would have failed
-                return made, dict.fromkeys(("missing_keys", "unexpected_keys"), set())
-        return made if device is None else made.to(device)
+        model: VPTForConditionalGeneration = made if device is None else made.to(device)
+        return (model, info) if reported else model  # type: ignore[return-value]
 
     # --- parts, by kind -----------------------------------------------------------------------
 
@@ -225,9 +226,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
         """Features [V, D] of one picture conditioned on the control states [k, D] of its call."""
         return self.condition_many(kind, [features], control[None])
 
-    def condition_many(
-        self, kind: str, features: Sequence[Tensor], controls: Tensor
-    ) -> Tensor:
+    def condition_many(self, kind: str, features: Sequence[Tensor], controls: Tensor) -> Tensor:
         """Features of M pictures, each on its own control states [M, k, D]: [sum V_i, D].
 
         Paper section 3.3: c = linear(LN(control states)), result f + (f . c) c.
@@ -323,29 +322,12 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
         ``mm_token_type_ids`` is what the processor also gives; positions follow from the ids.
         Anything else that is not None is a :class:`UserError`: nothing is ignored.
         """
-        given = sorted(k for k, v in unsupported.items() if v is not None and v is not False)
-        if given or input_ids is None:
-            raise UserError(
-                "forward cannot use this" if given else "forward needs input_ids",
-                where="VPTForConditionalGeneration.forward",
-                got=", ".join(given) or None,
-                fix="videos are not supported; for embeddings or a cache use run_language_model"
-                if given
-                else "pass input_ids [B, L]",
-            )
-        named = {
-            "clip": {"pixel_values": clip_pixel_values, "grid_thw": clip_images_grid_thw},
-            "dino": {"pixels": detection_images},
-            "sam": {"pixels": seg_images},
-        }
-        looks: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in (perception_inputs or {}).items()}
-        for kind, values in named.items():
-            present = {name: value for name, value in values.items() if value is not None}
-            if present:
-                looks.setdefault(kind, {}).update(present)
+        ids = _checked(input_ids, unsupported)
+        named = (detection_images, seg_images, clip_pixel_values, clip_images_grid_thw)
+        looks = _looks(perception_inputs, named)
         output = run_forward(
             self,
-            Inputs(input_ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks),
+            Inputs(ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks),
             control=control or self.config.control,
         )
         hidden = output.hidden[:, -logits_to_keep:] if logits_to_keep else output.hidden
@@ -366,6 +348,36 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):  # t
             where="VPTForConditionalGeneration.generate",
             fix="use vpt_agent.PerceptionAgent, or vpt_agent.engine for raw sessions",
         )
+
+
+_NAMED_INPUTS = (("dino", "pixels"), ("sam", "pixels"), ("clip", "pixel_values"),
+                 ("clip", "grid_thw"))  # fmt: skip
+"""Kind and encoder input of the published arguments, in the order of ``forward``'s."""
+
+
+def _checked(input_ids: Tensor | None, unsupported: Mapping[str, Any]) -> Tensor:
+    given = sorted(k for k, v in unsupported.items() if v is not None and v is not False)
+    if given:
+        raise UserError(
+            "forward cannot use this",
+            where="VPTForConditionalGeneration.forward",
+            got=", ".join(given),
+            fix="videos are not supported; for embeddings or a cache use run_language_model",
+        )
+    if input_ids is None:
+        raise UserError("forward needs input_ids", fix="pass input_ids [B, L]")
+    return input_ids
+
+
+def _looks(
+    inputs: Mapping[str, Mapping[str, Tensor]] | None, named: Sequence[Tensor | None]
+) -> dict[str, dict[str, Tensor]]:
+    """Encoder inputs by kind, the published arguments among them."""
+    looks = {kind: dict(values) for kind, values in (inputs or {}).items()}
+    for (kind, name), value in zip(_NAMED_INPUTS, named, strict=True):
+        if value is not None:
+            looks.setdefault(kind, {})[name] = value
+    return looks
 
 
 def token_mean_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def from_published(
                 data.get(f"{k.config_prefix}_config") or PUBLISHED_ENCODERS[k.config_prefix]
             )
             for k in table.kinds
-            if k.config_prefix in PUBLISHED_ENCODERS
+            if k.config_prefix is not None and k.config_prefix in PUBLISHED_ENCODERS
         },
         "perception": {
             "table": table.to_manifest(),
@@ -166,4 +166,3 @@ def _check_ids(
             said(kind, "image_token_id", kind.placeholder)
             said(kind, "action_start_id", kind.start)
             said(kind, "action_id", kind.control)
-
