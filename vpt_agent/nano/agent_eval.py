@@ -9,7 +9,7 @@ the same answers (two generations, two passes a step: FACTS of the release, its 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,18 +88,41 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
 ) -> Score:
     """Ask one question on each of ``scenes`` unseen scenes; greedy. ``progress`` hears counts."""
-    score = Score()
+    scores = evaluate_choices(
+        agent,
+        (tool_choice,),
+        split=split,
+        scenes=scenes,
+        first_seed=first_seed,
+        batch=batch,
+        progress=progress,
+    )
+    return scores[tool_choice]
+
+
+def evaluate_choices(
+    agent: PerceptionAgent,
+    choices: Sequence[str],
+    *,
+    split: Split = "train",
+    scenes: int = 1000,
+    first_seed: int = FIRST_SEED,
+    batch: int = 25,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Score]:
+    """As :func:`evaluate`, for several tool choices on the same scenes, drawn once."""
+    scores = {choice: Score() for choice in choices}
     for drawn in _batches(split, first_seed, scenes, batch):
-        began = time.perf_counter()
-        answers = agent.run_batch(
-            [Question(s.questions[0].question, s.image) for s in drawn], tool_choice=tool_choice
-        )
-        score.seconds += time.perf_counter() - began
-        for scene, answer in zip(drawn, answers, strict=True):
-            _count(score, scene, answer)
+        questions = [Question(s.questions[0].question, s.image) for s in drawn]
+        for choice, score in scores.items():
+            began = time.perf_counter()
+            answers = agent.run_batch(questions, tool_choice=choice)
+            score.seconds += time.perf_counter() - began
+            for scene, answer in zip(drawn, answers, strict=True):
+                _count(score, scene, answer)
         if progress is not None:
             progress(len(drawn))
-    return score
+    return scores
 
 
 def _count(score: Score, scene: Scene, answer: Answer) -> None:

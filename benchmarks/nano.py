@@ -1,0 +1,131 @@
+"""Measures the shipped model, and writes the figures where the README and the manifest read them.
+
+    python benchmarks/nano.py measure --out benchmarks/results/nano.json [--baselines EVAL.json]
+    python benchmarks/nano.py readme  --figures benchmarks/results/nano.json
+
+`measure` asks one question on each of 1000 scenes per split, through the agent: looking, and with
+looking forbidden. The two splits run in two processes of one thread each. `--baselines` takes the
+JSON that `python -m vpt_agent.nano.recipe --stage eval` wrote, whose baselines are not shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- figures: nano -->", "<!-- figures end -->"
+
+
+def measure_split(job: tuple[str, int, str | None]) -> dict[str, Any]:
+    split, scenes, model = job
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from vpt_agent.agent import PerceptionAgent
+    from vpt_agent.nano.agent_eval import evaluate_choices
+
+    torch.set_num_threads(1)
+    agent = PerceptionAgent.from_pretrained(model)
+    done = 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        print(f"{split}: {done} of {scenes} scenes", file=sys.stderr)
+
+    scores = evaluate_choices(agent, ("auto", "none"), split=split, scenes=scenes, progress=told)
+    return {
+        "looking": scores["auto"].to_dict(),
+        "looking_forbidden": scores["none"].to_dict(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def measure(args: argparse.Namespace) -> None:
+    jobs = [(split, args.scenes, args.model) for split in ("train", "unseen")]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = dict(zip(("train", "unseen"), pool.map(measure_split, jobs), strict=True))
+    figures: dict[str, Any] = {"machine": machine(), **results}
+    if args.baselines:
+        figures["baselines"] = json.loads(args.baselines.read_text())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    print(table(figures))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as the README shows them."""
+    rows = ["| | new scenes | new fonts and backgrounds |", "|---|---|---|"]
+
+    def row(name: str, values: list[float]) -> None:
+        rows.append(f"| {name} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+
+    splits = [figures["train"], figures["unseen"]]
+    row("the model, looking again", [s["looking"]["exact_match"] for s in splits])
+    row("the same, forbidden to look", [s["looking_forbidden"]["exact_match"] for s in splits])
+    for name, values in figures.get("baselines", {}).get("table", {}).items():
+        row(name, values)
+    look = splits[0]["looking"]
+    ratio = look["published_forward_tokens_per_answer"] / look["forward_tokens_per_answer"]
+    return "\n".join(rows) + (
+        f"\n\nExact match on {look['scenes']} scenes each, one question a scene. "
+        f"The tag lay inside the crop in {splits[0]['looking']['tag_inside_crop']:.3f} and "
+        f"{splits[1]['looking']['tag_inside_crop']:.3f} of them. An answer computes "
+        f"{look['forward_tokens_per_answer']:.0f} positions of the language model; the published "
+        f"procedure computes {look['published_forward_tokens_per_answer']:.0f} for the same "
+        f"answer, {ratio:.1f} times as many."
+    )
+
+
+def readme(args: argparse.Namespace) -> None:
+    figures = json.loads(args.figures.read_text())
+    text = README.read_text()
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1] if END in rest else rest
+    README.write_text(f"{before}{BEGIN}\n{table(figures)}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("measure")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--scenes", type=int, default=1000)
+    one.add_argument("--model", default=None)
+    one.add_argument("--baselines", type=Path)
+    one.set_defaults(run=measure)
+    two = commands.add_parser("readme")
+    two.add_argument("--figures", type=Path, required=True)
+    two.set_defaults(run=readme)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
