@@ -25,6 +25,7 @@ BEGIN, END = "<!-- figures: nano -->", "<!-- figures end -->"
 
 
 def measure_split(job: tuple[str, int, str | None]) -> dict[str, Any]:
+    """One split in a process of its own: looking, and looking forbidden."""
     split, scenes, model = job
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -49,6 +50,7 @@ def measure_split(job: tuple[str, int, str | None]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
     import torch
     import transformers
 
@@ -68,6 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> None:
+    """Measure both splits and write the file."""
     jobs = [(split, args.scenes, args.model) for split in ("train", "unseen")]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = dict(zip(("train", "unseen"), pool.map(measure_split, jobs), strict=True))
@@ -104,6 +107,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def readme(args: argparse.Namespace) -> None:
+    """Put the table of a file into the README."""
     figures = json.loads(args.figures.read_text())
     text = README.read_text()
     before, rest = text.split(BEGIN, 1)
@@ -112,6 +116,7 @@ def readme(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """The command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("measure")
