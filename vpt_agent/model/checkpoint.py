@@ -7,12 +7,14 @@ become fresh VPT models. transformers loads the weights; here stands what it wou
 
 from __future__ import annotations
 
+import contextlib
 import json
-import pickle
+import logging
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
@@ -166,8 +168,9 @@ def stored_keys(files: Iterable[Path]) -> list[str]:
         else:
             import torch
 
+            mapped = zipfile.is_zipfile(file)  # the old format cannot be mapped
             with _readable(file):
-                keys += torch.load(file, map_location="meta", weights_only=True, mmap=True)
+                keys += torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
     return keys
 
 
@@ -181,13 +184,25 @@ class _readable:  # noqa: N801 - used as a function
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | EOFError | pickle.UnpicklingError | SafetensorError):
+        if isinstance(error, OSError | EOFError | UnpicklingError | SafetensorError):
             raise CheckpointError(
                 "the checkpoint's weights cannot be read",
                 where=self.where,
                 got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
                 fix="download or save it again",
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of missing keys: what it says is checked, and said, here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_model(
@@ -223,7 +238,7 @@ def load_model(
         config.rest_training_masks()
     keys = stored_keys(weight_files(folder))
     renames = {old: new for old, new in KEY_RENAMES.items() if any(re.match(old, k) for k in keys)}
-    with _readable(folder):
+    with _readable(folder), _quiet():
         model, info = load(
             folder,
             config=config,

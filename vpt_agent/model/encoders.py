@@ -19,6 +19,19 @@ from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.tokens.table import PerceptionKind
 
 
+class XavierLinear(nn.Linear):
+    """A linear layer that starts as published: xavier-uniform weights, zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Fresh weights."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class PlainConv(nn.Conv2d):
+    """A convolution that starts as torch makes it, whatever the model's rule says."""
+
+
 class Projector(nn.Module):
     """Encoder output → features f [V, D], and control states → condition c [D].
 
@@ -28,8 +41,8 @@ class Projector(nn.Module):
 
     def __init__(self, source_width: int, width: int, controls: int, **_: int) -> None:
         super().__init__()
-        self.linear_feature = nn.Linear(source_width, width)
-        self.linear_condition = nn.Linear(controls * width, width)
+        self.linear_feature = XavierLinear(source_width, width)
+        self.linear_condition = XavierLinear(controls * width, width)
         self.layernorm_feature = nn.LayerNorm(source_width)
         self.layernorm_condition = nn.LayerNorm(controls * width)
 
@@ -41,14 +54,6 @@ class Projector(nn.Module):
         """Conditions [M, D] of control states [M, k, D]."""
         result: Tensor = self.linear_condition(self.layernorm_condition(control.flatten(1)))
         return result
-
-    def reset_parameters(self) -> None:
-        """Fresh weights as published: xavier-uniform linears, zero biases, unit norms."""
-        for layer in (self.linear_feature, self.linear_condition):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for norm in (self.layernorm_feature, self.layernorm_condition):
-            norm.reset_parameters()
 
 
 class TokenProjector(Projector):
@@ -65,7 +70,7 @@ class MapProjector(Projector):
 
     def __init__(self, source_width: int, width: int, controls: int, *, stride: int) -> None:
         super().__init__(source_width, width, controls)
-        self.conv_feature = nn.Conv2d(source_width, width, kernel_size=stride, stride=stride)
+        self.conv_feature = PlainConv(source_width, width, kernel_size=stride, stride=stride)
 
     def features(self, encoded: Tensor) -> Tensor:
         """Features [V, D] of ``encoded`` [W, H, H], row by row."""
@@ -73,11 +78,6 @@ class MapProjector(Projector):
         tokens = self.conv_feature(normed.permute(2, 0, 1)[None])  # [1, D, side, side]
         result: Tensor = tokens[0].flatten(1).T  # [V, D]
         return result
-
-    def reset_parameters(self) -> None:
-        """As the base, and the convolution's usual weights."""
-        super().reset_parameters()
-        self.conv_feature.reset_parameters()
 
 
 @dataclass(frozen=True)

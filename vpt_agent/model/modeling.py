@@ -28,7 +28,14 @@ from vpt_agent.errors import UserError
 from vpt_agent.kernels import condition as condition_op
 from vpt_agent.model.checkpoint import load_model
 from vpt_agent.model.configuration import VPTConfig, register
-from vpt_agent.model.encoders import Projector, build_parts, run_encoder, stack_segments
+from vpt_agent.model.encoders import (
+    PlainConv,
+    Projector,
+    XavierLinear,
+    build_parts,
+    run_encoder,
+    stack_segments,
+)
 from vpt_agent.model.forward import Inputs, run_forward
 from vpt_agent.model.fresh import FromScratch
 from vpt_agent.model.positions import Grid, rope_positions
@@ -85,8 +92,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers comes from the leaves up, so this has the last word on a projector.
-        if isinstance(module, Projector):
+        if isinstance(module, XavierLinear | PlainConv):
             module.reset_parameters()
         else:
             super()._init_weights(module)

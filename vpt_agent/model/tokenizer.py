@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2 import Qwen2Tokenizer
 
 from vpt_agent.errors import CheckpointError
-from vpt_agent.tokens.table import END_OF_TEXT, IM_END, PerceptionTable
+from vpt_agent.tokens.table import END_OF_TEXT, IM_END, IMAGE_PAD, PerceptionTable
 
 
 def load_tokenizer(
@@ -29,6 +29,13 @@ def load_tokenizer(
             got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             expected="tokenizer.json, or vocab.json and merges.txt, beside config.json",
         ) from error
+    if IMAGE_PAD not in tokenizer.get_vocab():  # without its files it would be an empty one
+        raise CheckpointError(
+            "the checkpoint's tokenizer cannot be read",
+            where=source,
+            got=f"a vocabulary of {len(tokenizer)} without {IMAGE_PAD}",
+            expected="tokenizer.json, or vocab.json and merges.txt, beside config.json",
+        )
     added = extend(tokenizer, table) if table is not None else frozenset()
     return tokenizer, added
 
