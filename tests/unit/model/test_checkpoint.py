@@ -311,7 +311,7 @@ def test_misshapen_tensors_are_named(tmp_path: Path) -> None:
 def test_a_lost_shard_is_named(tmp_path: Path) -> None:
     path = published(tmp_path, shards=3)
     (path / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(CheckpointError, match="shards are missing.*00002-of-00003"):
+    with pytest.raises(CheckpointError, match=r"shards are missing.*00002-of-00003"):
         load(path)
 
 
@@ -320,7 +320,7 @@ def test_a_shard_that_was_cut_short_is_named(tmp_path: Path, keep: int) -> None:
     path = published(tmp_path)
     shard = path / "pytorch_model-00002-of-00002.bin"
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="not written to its end.*00002-of-00002.bin"):
+    with pytest.raises(CheckpointError, match=r"not written to its end.*00002-of-00002\.bin"):
         load(path)
 
 
@@ -343,7 +343,7 @@ class _Bomb:
 def test_pickled_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = published(tmp_path, shards=1)
     torch.save({"x": _Bomb()}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="weights cannot be read.*UnpicklingError"):
+    with pytest.raises(CheckpointError, match=r"weights cannot be read.*UnpicklingError"):
         load(path)
     assert "boom" not in capsys.readouterr().out
 
@@ -376,7 +376,7 @@ def test_config_that_is_no_json(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot become a VPT model.*'llama'"):
+    with pytest.raises(CheckpointError, match=r"cannot become a VPT model.*'llama'"):
         load(published(tmp_path, model_type="llama"))
 
 
