@@ -79,8 +79,9 @@ class PooledCache(Cache):
     def release(self, row: int) -> None:
         """Give a row back."""
         if row not in self._free:
-            self._free.append(row)
+            # In this order: once it is free, another thread may write to it.
             self.lengths[row] = 0
+            self._free.append(row)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make ``target`` hold what ``source`` holds."""

@@ -167,10 +167,7 @@ class Engine:
         looking = [e for e in waiting if isinstance(e.want, list)]
         if looking:
             # One batch per encoder over all runs; then each run goes on to its next wish.
-            with self.lock, torch.inference_mode():
-                answers = iter(self.features.look_all([w for e in looking for w in e.want]))
-            for entry in looking:
-                self._advance(entry, [next(answers) for _ in entry.want])
+            self._look_together(looking)
             return
         for group in _groups([e for e in waiting if isinstance(e.want, Feed)]):
             try:
@@ -181,6 +178,22 @@ class Engine:
                 continue
             for entry, answer in zip(group, fed, strict=True):
                 self._advance(entry, answer)
+
+    def _look_together(self, looking: list[_Live]) -> None:
+        """Features for all of ``looking`` in one batch; a picture that cannot be encoded is the
+        trouble of the run that showed it."""
+        try:
+            with self.lock, torch.inference_mode():
+                answers = iter(self.features.look_all([w for e in looking for w in e.want]))
+        except UserError as error:
+            if len(looking) == 1:
+                self._throw(looking[0], error)
+                return
+            for entry in looking:
+                self._look_together([entry])
+            return
+        for entry in looking:
+            self._advance(entry, [next(answers) for _ in entry.want])
 
     def _without_culprits(self, group: list[_Live], error: UserError) -> None:
         """One row's trouble is its own: run the rows of a refused batch one by one."""
@@ -201,9 +214,10 @@ class Engine:
         on_tools = [e for e in waiting if isinstance(e.want, Wait)]
         if not on_tools:
             return False
-        if len(on_tools) == len(waiting):
-            wait([f for e in on_tools for f in e.want.futures], return_when=FIRST_COMPLETED)
-        ready = [e for e in on_tools if all(f.done() for f in e.want.futures)]
+        running = [f for e in on_tools for f in e.want.futures if not f.done()]
+        if len(on_tools) == len(waiting) and not any(_ready(e) for e in on_tools):
+            wait(running, return_when=FIRST_COMPLETED)
+        ready = [e for e in on_tools if _ready(e)]
         for entry in ready:
             broken = next((e for f in entry.want.futures if (e := f.exception())), None)
             if broken is not None:  # the user's or our fault: that run's, not everybody's
@@ -234,6 +248,7 @@ class Engine:
         counts = [len(f.block.ids) for f in feeds]
         rows = [s.row for s in sessions]
         for session, n in zip(sessions, counts, strict=True):
+            session.check_open()
             if len(session) + n > self.max_positions:
                 raise UserError(
                     "the conversation is longer than the model can hold",
@@ -299,6 +314,11 @@ class Engine:
         """Encode pictures outside a run (tools, tests)."""
         with self.lock, torch.inference_mode():
             return self.features.look_all([Look(encoder, tuple(views))])[0]
+
+
+def _ready(entry: _Live) -> bool:
+    """Whether all tools that a run waits for are done."""
+    return all(f.done() for f in entry.want.futures)
 
 
 def _groups(waiting: Sequence[_Live]) -> list[list[_Live]]:

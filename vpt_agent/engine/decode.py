@@ -67,6 +67,7 @@ class Turn:
     pending: list[int] = field(default_factory=list)
     stop: Stop = "end"
     stop_id: int | None = None
+    logits: Tensor | None = None  # [vocab] of the next token, if nothing is pending
 
     @property
     def calls(self) -> list[TurnCall]:
@@ -187,7 +188,7 @@ class _Decoder:
 
     def _finish(self, stop: Stop, token: int | None = None) -> Turn:
         turn = self.turn
-        turn.stop, turn.stop_id = stop, token
+        turn.stop, turn.stop_id, turn.logits = stop, token, self.logits
         if stop != "inline" and (cut := self.rules.grammar.finish(self.state)) is not None:
             turn.items.append(cut)
         turn.removed = [c.removed for c in self.chosen]

@@ -114,13 +114,13 @@ class FeatureStore:
                 patches.pixel_values.to(self.device), grid.to(self.device)
             )
             return [
-                _Entry(t, (int(g[0]), int(g[1]), int(g[2])), patches.kernels)
+                _Entry(_own(t), (int(g[0]), int(g[1]), int(g[2])), patches.kernels)
                 for t, g in zip(tokens, grid, strict=True)
             ]
         kind = self.model.table[source].kind
         pixels = torch.stack([self._pixels(kind, v) for v in views]).to(self.device)
         names = (kernel_name("pixels", pixels_of(views[0])),)
-        return [_Entry(t, None, names) for t in self.model.encode(source, pixels=pixels)]
+        return [_Entry(_own(t), None, names) for t in self.model.encode(source, pixels=pixels)]
 
     def _pixels(self, kind: PerceptionKind, view: View) -> Tensor:
         """Encoder input [3, side, side] of a view."""
@@ -129,3 +129,9 @@ class FeatureStore:
         if kind.input_size is None:
             return make(view, policy)
         return make(view, policy, size=kind.input_size)
+
+
+def _own(tokens: Tensor) -> Tensor:
+    """``tokens`` without the rest of its batch, which a view of it would keep in memory."""
+    alone = tokens.untyped_storage().nbytes() == tokens.numel() * tokens.element_size()
+    return tokens if alone else tokens.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -54,6 +54,7 @@ class Unconditioned:
 
 
 Part = Tokens | Visual | Unconditioned
+Logits = Literal["none", "last", "all"]
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Feed:
 
     session: Session
     block: Block
-    logits: str = "last"
+    logits: Logits = "last"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,12 +22,26 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError("temperature must be 0 (greedy) or more", got=self.temperature)
-        if self.top_k < 0:
-            raise UserError("top_k must be 0 (off) or more", got=self.top_k)
-        if not 0 < self.top_p <= 1:
-            raise UserError("top_p must be in (0, 1]", got=self.top_p)
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise UserError("temperature must be 0 (greedy) or more", got=repr(self.temperature))
+        if not _is_whole(self.top_k) or self.top_k < 0:
+            raise UserError(
+                "top_k must be 0 (off) or more, a whole number", got=repr(self.top_k)
+            )
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UserError("top_p must be in (0, 1]", got=repr(self.top_p))
+        if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise UserError(
+                "the seed must be a whole number of 64 bits, or None", got=repr(self.seed)
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,19 @@ class Sampler:
         allowed: Iterable[int] | None = None,
         banned: Iterable[int] = (),
     ) -> Choice:
-        """Pick from ``logits`` [vocab] float32; only ``allowed`` ids, none of ``banned``."""
+        """Pick from ``logits`` [vocab] float32; only ``allowed`` ids, none of ``banned``.
+
+        Logits that are no numbers are a :class:`UserError`: nothing can be chosen by them.
+        """
         logprobs = torch.log_softmax(logits.float(), -1)
         free = int(logprobs.argmax())
+        if math.isnan(float(logprobs[free])):
+            raise UserError(
+                "the model computes no numbers: its logits are NaN",
+                where="Sampler",
+                fix="load it with dtype='float32' or 'bfloat16' (float16 overflows), and check "
+                "the checkpoint",
+            )
         removed = 0.0
         keep: Tensor | None = None
         if allowed is not None:
@@ -85,7 +110,8 @@ class Sampler:
         s = self.sampling
         if s.temperature == 0:
             return int(logprobs.argmax())
-        scaled = logprobs / s.temperature
+        # From the largest down and in double, so that no small temperature overflows.
+        scaled = (logprobs - logprobs.max()).double() / s.temperature
         if s.top_k:
             bound = scaled.topk(min(s.top_k, scaled.shape[-1])).values[-1]
             scaled = scaled.masked_fill(scaled < bound, float("-inf"))

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vpt_agent.engine.parts import Block, Fed, Feed, Part, Tokens, Unconditioned, Visual
+from vpt_agent.engine.parts import (
+    Block,
+    Fed,
+    Feed,
+    Logits,
+    Part,
+    Tokens,
+    Unconditioned,
+    Visual,
+)
 from vpt_agent.errors import UserError
 from vpt_agent.model.positions import span_positions
 from vpt_agent.types import Span
@@ -27,11 +36,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Control:
-    """A control state [D] that a control token left, and whether a feature block used it."""
+    """A control state [D] that a control token left.
+
+    ``used`` is None until a call or a feature block takes it; then the session length below which
+    a truncation undoes that.
+    """
 
     token: int
     state: Tensor
-    used: bool = False
+    used: int | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a session stood: what :meth:`Session.rewind` goes back to."""
+
+    length: int
+    hidden: Tensor | None
 
 
 class Session:
@@ -55,10 +76,24 @@ class Session:
         """Give the row back; the session cannot be used afterwards."""
         self._finalizer()
 
+    @property
+    def closed(self) -> bool:
+        """Whether its row was given back."""
+        return not self._finalizer.alive
+
+    def check_open(self) -> None:
+        """Raise :class:`UserError` if the session was closed: its row may be another's now."""
+        if self.closed:
+            raise UserError(
+                "this session is closed", where="Session", fix="get a new one: Engine.session()"
+            )
+
     def fork(self) -> Session:
         """A second session with the same past: computed once, copied."""
-        other = self.engine.session()
-        self.engine.cache.copy_row(self.row, other.row)
+        self.check_open()
+        with self.engine.lock:
+            other = self.engine.session()
+            self.engine.cache.copy_row(self.row, other.row)
         other.ids, other.positions = list(self.ids), list(self.positions)
         other.next_position, other.hidden = self.next_position, self.hidden
         other.controls = [Control(c.token, c.state, c.used) for c in self.controls]
@@ -72,19 +107,34 @@ class Session:
         """
         if length == len(self.ids):
             return
-        self.engine.cache.truncate(self.row, length)
+        self.check_open()
+        with self.engine.lock:
+            self.engine.cache.truncate(self.row, length)
         dropped = self.ids[length:]
         lost = sum(1 for i in dropped if i in self.engine.control_ids)
         if lost:
             self.controls = self.controls[:-lost]
+        for control in self.controls:
+            if control.used is not None and control.used > length:
+                control.used = None
         del self.ids[length:], self.positions[length:]
         self.next_position = self.positions[-1] if self.positions else 0
         self.hidden = None
 
+    def mark(self) -> Mark:
+        """Where the session stands now."""
+        return Mark(len(self.ids), self.hidden)
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to ``mark``, taken earlier in this session: as :meth:`truncate`, with the
+        hidden state there."""
+        self.truncate(mark.length)
+        self.hidden = mark.hidden
+
     # --- appending ------------------------------------------------------------------------
 
     def feed(
-        self, parts: Sequence[Part], *, logits: str = "last"
+        self, parts: Sequence[Part], *, logits: Logits = "last"
     ) -> Generator[Feed, Fed, list[Fed]]:
         """Append ``parts``; yields what the loop must run and returns every answer.
 
@@ -98,20 +148,15 @@ class Session:
                 for token in part.ids:
                     if token in self.engine.control_ids:
                         if block.ids:
-                            done.append(
-                                (
-                                    yield from self._run(
-                                        block, "none" if logits == "last" else logits
-                                    )
-                                )
-                            )
+                            wanted: Logits = "none" if logits == "last" else logits
+                            done.append((yield from self._run(block, wanted)))
                             block = _Builder(self.next_position)
                         block.control(token, self._take_control(token))
                     else:
                         block.token(token)
                 continue
             if isinstance(part, Unconditioned):
-                part = self._condition(part)
+                part = self._condition(part, len(self.ids) + len(block.ids))
             block.visual(part)
         if block.ids:
             done.append((yield from self._run(block, logits)))
@@ -121,7 +166,7 @@ class Session:
             )
         return done
 
-    def _run(self, block: _Builder, logits: str) -> Generator[Feed, Fed, Fed]:
+    def _run(self, block: _Builder, logits: Logits) -> Generator[Feed, Fed, Fed]:
         return (yield Feed(self, block.done(), logits))
 
     def _take_control(self, token: int) -> Tensor:
@@ -132,12 +177,15 @@ class Session:
                 got=f"control token {token} at position {len(self.ids)}",
                 fix="append at least one other token first",
             )
-        self.controls.append(Control(token, self.hidden))
-        return self.hidden
+        # A copy: the state is a row of its whole block, which would be kept alive with it.
+        self.controls.append(Control(token, self.hidden.clone()))
+        return self.controls[-1].state
 
-    def _condition(self, part: Unconditioned) -> Visual:
+    def _condition(self, part: Unconditioned, start: int) -> Visual:
+        """``part`` conditioned with the oldest control states that nothing used yet; its visual
+        tokens will stand from ``start`` on."""
         needed = self.engine.kind_of(part.kind).control
-        pending = [c for c in self.controls if not c.used and c.token == needed]
+        pending = [c for c in self.controls if c.used is None and c.token == needed]
         used = pending[: self.engine.controls]
         if len(used) < self.engine.controls:
             raise UserError(
@@ -148,7 +196,7 @@ class Session:
                 fix="put the call's tokens in front of the result's picture",
             )
         for control in used:
-            control.used = True
+            control.used = start + 1
         states = torch.stack([c.state for c in used])  # [k, D]
         tokens = self.engine.model.condition(part.kind, part.features, states)  # [V, D]
         return Visual(part.placeholder, tokens, None, part.view, part.kind)
@@ -165,18 +213,19 @@ class Session:
 
     # --- without a loop -------------------------------------------------------------------
 
-    def append(self, parts: Sequence[Part], *, logits: str = "last") -> Tensor:
+    def append(self, parts: Sequence[Part], *, logits: Logits = "last") -> Tensor:
         """Append at once; returns the logits asked for: [1, vocab], or [n, vocab] for ``all``."""
         done = self.engine.drive([self.feed(parts, logits=logits)])[0]
         found = [f.logits for f in done if f.logits is not None]
         return torch.cat(found)
 
     def take_controls(self, token: int) -> Tensor:
-        """The control states [k, D] of the latest call whose control token is ``token``."""
-        own = [c for c in self.controls if not c.used and c.token == token]
-        own = own[: self.engine.controls]
+        """The control states [k, D] of the call that was decoded last, with control token
+        ``token``. Control tokens that stood outside calls before it are passed over."""
+        own = [c for c in self.controls if c.used is None and c.token == token]
+        own = own[-self.engine.controls :]
         for control in own:
-            control.used = True
+            control.used = len(self.ids)
         return torch.stack([c.state for c in own])
 
 

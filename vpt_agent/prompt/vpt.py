@@ -136,21 +136,36 @@ class VPTLayout:
         self.end = self.ids[IM_END]
         self.image_pad = self.ids[IMAGE_PAD]
         # As published: generation ends at the end of turn or at any special token.
-        self.stop_ids = frozenset(tokenizer.all_special_ids) | {self.end}
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        # A tokenizer may call perception tokens special too; a call must not end its turn.
+        spelled = {tokenizer.convert_tokens_to_ids(t) for t in table.tokens_to_add()[1]}
+        self.stop_ids = (frozenset(tokenizer.all_special_ids) - spelled) | {self.end}
+        # Of one character there is nothing to break up.
+        vocab = {t: i for t, i in tokenizer.get_added_vocab().items() if len(t) > 1}
+        added = sorted(vocab, key=len, reverse=True)
         self._added = re.compile("|".join(re.escape(t) for t in added)) if added else None
+        self._added_ids = frozenset(vocab.values())
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; what spells an added token is broken up into ordinary ones."""
-        if self._added is None:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        found = self._added.search(text)
-        if found is None or len(text) < 2:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        # One character apart is enough: neither piece spells this token any more; the rest is
-        # looked at again.
-        cut = found.start() + 1
-        return self.encode_text(text[:cut]) + self.encode_text(text[cut:])
+        # Half of a surrogate pair is no text; a tokenizer would fail on it.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        ids: list[int] = []
+        start = 0
+        while self._added is not None and (found := self._added.search(text, start)):
+            # Cut behind the first character: neither piece spells this token any more.
+            cut = found.start() + 1
+            ids += self._ordinary(text[start:cut])
+            start = cut
+        return ids + self._ordinary(text[start:])
+
+    def _ordinary(self, text: str) -> list[int]:
+        """Ids of a piece that spells no added token; halved where the tokenizer's own rewriting
+        (case, width) makes it spell one all the same."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if len(text) < 2 or self._added_ids.isdisjoint(ids):
+            return ids
+        middle = len(text) // 2
+        return self._ordinary(text[:middle]) + self._ordinary(text[middle:])
 
     # --- turns ----------------------------------------------------------------------------
 
