@@ -35,7 +35,7 @@ def list_tools(
         print_json(_as_json(registry))
         return
     for tool in registry:
-        typer.echo(f"{tool.full_name}: {tool.description}")
+        typer.echo(f"{tool.full_name}: {' '.join(tool.description.split())}")
         for line in _details(tool):
             typer.echo(f"    {line}")
         typer.echo(f"    of {registry.owner(tool.name)}")
@@ -49,11 +49,15 @@ def _properties(tool: PerceptionTool) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _described(schema: dict[str, Any]) -> str:
+    """The description of an argument; an optional one has it in its first alternative."""
+    alternatives = [schema, *schema.get("anyOf", [])]
+    found = [each["description"] for each in alternatives if "description" in each]
+    return str(found[0]) if found else "no description"
+
+
 def _details(tool: PerceptionTool) -> list[str]:
-    lines = [
-        f"{name}: {value.get('description', 'no description')}"
-        for name, value in _properties(tool).items()
-    ]
+    lines = [f"{name}: {_described(value)}" for name, value in _properties(tool).items()]
     if tool.needs:
         lines.append(f"needs {', '.join(sorted(tool.needs))}")
     if tool.extra:

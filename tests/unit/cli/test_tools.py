@@ -9,12 +9,16 @@ from typer.testing import CliRunner
 
 from vpt_agent.cli import app
 from vpt_agent.cli import tools as tools_module
-from vpt_agent.tool import FailedTool, ToolContext, ToolRegistry, perception_tool
+from vpt_agent.tool import FailedTool, PixelBox, ToolContext, ToolRegistry, perception_tool
 
 
 @perception_tool(licence="MIT", extra="vpt-agent[count]")
-def count_colours(context: ToolContext, least: int = 1) -> str:
+def count_colours(
+    context: ToolContext, least: int = 1, box: PixelBox | None = None, unsaid: int = 0
+) -> str:
     """Count the colours of the picture.
+
+    Shades count.
 
     Args:
         least: how many pixels a colour needs to count
@@ -34,8 +38,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> ToolRegistry:
 def test_list_says_what_each_tool_is(registry: ToolRegistry) -> None:
     lines = CliRunner().invoke(app, ["tools", "list"]).stdout.splitlines()
     assert lines == [
-        "count_colours@1: Count the colours of the picture.",
+        "count_colours@1: Count the colours of the picture. Shades count.",
         "    least: how many pixels a colour needs to count",
+        "    box: [left, top, right, bottom] in pixels of the source view",
+        "    unsaid: no description",
         "    needs view",
         "    install vpt-agent[count]",
         "    licence MIT",
