@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from tests.parity.goldens import ROOT
+from vpt_agent.model import VPTForConditionalGeneration
 from vpt_agent.model.testing import byte_tokenizer, tiny_config, tiny_table
 from vpt_agent.model.tokenizer import extend
 
@@ -71,3 +72,13 @@ def plain_qwen(target: Path, *, tied: bool = True, seed: int = 0) -> Path:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
+
+
+def load(path: Path | str, **options: Any) -> VPTForConditionalGeneration:
+    return VPTForConditionalGeneration.from_pretrained(path, dtype=torch.float32, **options)
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    assert [k for k in left if not torch.equal(left[k], right[k])] == []

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tests.parity.goldens import ROOT, VARIANTS, golden
-from tests.unit.model.directories import golden_weights, plain_qwen, published
-from vpt_agent.errors import CheckpointError, UserError
+from tests.unit.model.directories import (
+    assert_same_weights,
+    golden_weights,
+    load,
+    published,
+)
+from vpt_agent.errors import CheckpointError
 from vpt_agent.model import VPTConfig, VPTForConditionalGeneration, VPTProcessor
 from vpt_agent.model.published import PUBLISHED_ENCODERS
 from vpt_agent.model.testing import tiny_model
@@ -23,21 +28,11 @@ from vpt_agent.model.testing import tiny_model
 Model = VPTForConditionalGeneration
 
 
-def load(path: Path | str, **options: Any) -> VPTForConditionalGeneration:
-    return Model.from_pretrained(path, dtype=torch.float32, **options)
-
-
 def logits(model: VPTForConditionalGeneration, variant: str, case: str = "train_b1") -> Tensor:
     with torch.no_grad():
         result = model(**golden(variant).inputs(case)).logits
     assert isinstance(result, Tensor)
     return result
-
-
-def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    assert [k for k in left if not torch.equal(left[k], right[k])] == []
 
 
 # --- published layouts ----------------------------------------------------------------------
@@ -270,251 +265,6 @@ def _repo(self: object, repo_id: str, **_: object) -> Any:
 
 def _card(*_: object, **__: object) -> Any:
     return type("Card", (), {"save": lambda self, path: None})()
-
-
-# --- broken ones ----------------------------------------------------------------------------
-
-
-def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    weights = golden_weights("clip_tied")
-    gone = [k for k in weights if k.startswith("clip_projector.linear_condition")]
-    for key in gone:
-        del weights[key]
-    with pytest.raises(
-        CheckpointError, match=r"2 tensors are missing.*clip_projector\.linear_condition\.bias"
-    ):
-        load(published(tmp_path, weights=weights))
-
-
-def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
-    weights = {k: v for k, v in golden_weights("clip_tied").items() if not k.startswith("visual")}
-    with pytest.raises(CheckpointError, match=r"tensors are missing.*visual.*and \d+ more"):
-        load(published(tmp_path, weights=weights))
-
-
-def test_unexpected_tensors_are_named(tmp_path: Path) -> None:
-    weights = golden_weights("clip_tied") | {"teacher.weight": torch.zeros(2)}
-    with pytest.raises(
-        CheckpointError, match=r"1 tensors of the checkpoint have no place.*teacher\.weight"
-    ):
-        load(published(tmp_path, weights=weights))
-
-
-def test_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    path = published(tmp_path, intermediate_size=96)
-    with pytest.raises(
-        CheckpointError, match=r"have another shape.*mlp\.down_proj.*\[64, 128\].*\[64, 96\]"
-    ):
-        load(path)
-
-
-def test_a_lost_shard_is_named(tmp_path: Path) -> None:
-    path = published(tmp_path, shards=3)
-    (path / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"shards are missing.*00002-of-00003"):
-        load(path)
-
-
-@pytest.mark.parametrize("keep", [0, 2000])
-def test_a_shard_that_was_cut_short_is_named(tmp_path: Path, keep: int) -> None:
-    path = published(tmp_path)
-    shard = path / "pytorch_model-00002-of-00002.bin"
-    shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"not written to its end.*00002-of-00002\.bin"):
-        load(path)
-
-
-def test_safetensors_that_were_cut_short(tmp_path: Path) -> None:
-    model, _ = tiny_model(encoders=())
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"not written to its end.*model\.safetensors"):
-        load(tmp_path)
-
-
-class _Bomb:
-    """Would run code if it were unpickled without care."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("boom",))
-
-
-def test_pickled_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = published(tmp_path, shards=1)
-    torch.save({"x": _Bomb()}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"weights cannot be read.*UnpicklingError"):
-        load(path)
-    assert "boom" not in capsys.readouterr().out
-
-
-def test_a_broken_index(tmp_path: Path) -> None:
-    path = published(tmp_path)
-    (path / "pytorch_model.bin.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="index of the shards is broken"):
-        load(path)
-
-
-def test_no_weights(tmp_path: Path) -> None:
-    path = published(tmp_path, shards=1)
-    (path / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match="has no weights"):
-        load(path)
-
-
-def test_no_such_directory(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"not a checkpoint directory.*no config\.json"):
-        load(tmp_path)
-
-
-def test_config_that_is_no_json(tmp_path: Path) -> None:
-    (published(tmp_path) / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
-        load(tmp_path)
-
-
-def test_another_kind_of_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot become a VPT model.*'llama'"):
-        load(published(tmp_path, model_type="llama"))
-
-
-@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers"])
-def test_sizes_are_never_guessed(tmp_path: Path, field: str) -> None:
-    with pytest.raises(CheckpointError, match=f"does not say the language model's.*no {field}"):
-        load(published(tmp_path, drop=(field,)))
-
-
-def test_a_config_without_its_vision_tower(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no vision_config"):
-        load(published(tmp_path, drop=("vision_config",)))
-
-
-def test_config_and_tokenizer_disagree(tmp_path: Path) -> None:
-    path = published(tmp_path, clip_action_id=400)
-    with pytest.raises(CheckpointError, match=r"disagree.*is 410 in the tokenizer, 400 in config"):
-        load(path)
-
-
-def test_a_published_config_needs_its_tokenizer(tmp_path: Path) -> None:
-    path = published(tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-        (path / file).unlink()
-    with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
-        load(path)
-    data = json.loads((path / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="does not hold its token ids"):
-        VPTConfig.from_dict(data)
-
-
-# --- a plain Qwen2-VL becomes a VPT model ---------------------------------------------------
-
-
-@pytest.fixture
-def large_encoders_are_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published encoders are too large for a test."""
-    from vpt_agent.model import fresh
-
-    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
-    shapes = {k: {**v, **small} for k, v in PUBLISHED_ENCODERS.items()}
-    shapes["seg"] |= {"mlp_dim": 64, "global_attn_indexes": [0]}
-    monkeypatch.setattr(fresh, "PUBLISHED_ENCODERS", shapes)
-
-
-@pytest.mark.usefixtures("large_encoders_are_tiny")
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_plain_model_gets_kinds(tmp_path: Path, tied: bool) -> None:
-    path = plain_qwen(tmp_path / "plain", tied=tied)
-    torch.manual_seed(0)
-    model = load(path, encoders=["clip", "dino", "sam"], controls=2, grid=16)
-    stored = load_file(path / "model.safetensors")
-    old = stored["model.embed_tokens.weight"]
-    rows = model.model.embed_tokens.weight
-    assert len(rows) % 64 == 0
-    assert len(rows) >= len(VPTProcessor.from_pretrained(path, config=model.config).tokenizer)
-    assert torch.equal(rows[: len(old)], old)
-    new = rows[len(old) :].detach()
-    assert torch.allclose(new.mean(0), old.mean(0), atol=0.1)
-    assert new.std(0).mean() == pytest.approx(64**-0.5, rel=0.2)
-    assert (model.lm_head.weight is rows) == tied
-    assert model.lm_head.weight.shape == rows.shape
-    assert [r.name for r in model.table.rows] == ["region", "clip", "dino", "sam"]
-    assert model.config.perception["untrained"] == ["region", "clip", "dino", "sam"]
-    assert (model.config.projector_scale, model.table["region"].kind.grid) == (2, 16)
-    assert model.config.positions == "mrope"
-    for kind in ("clip", "dino", "sam"):
-        projector = model.projector(kind)
-        assert float(projector.linear_condition.bias.detach().abs().max()) == 0
-        bound = (6 / (64 + 128)) ** 0.5  # xavier-uniform
-        assert float(projector.linear_condition.weight.detach().abs().max()) <= bound
-        assert float(projector.linear_condition.weight.detach().std()) > bound / 3
-    model.save_pretrained(tmp_path / "own")
-    VPTProcessor.from_pretrained(path, config=model.config).save_pretrained(tmp_path / "own")
-    assert_same_weights(load(tmp_path / "own"), model)
-
-
-def test_transformers_new_layout_of_a_plain_model(tmp_path: Path) -> None:
-    """Some Qwen2-VL checkpoints were saved with ``model.language_model`` and ``model.visual``."""
-    path = plain_qwen(tmp_path)
-    weights = load_file(path / "model.safetensors")
-    renamed = {
-        f"model.{k}" if k.startswith("visual.") else k.replace("model.", "model.language_model."): v
-        for k, v in weights.items()
-    }
-    before = load(path, encoders=[])
-    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
-    after = load(path, encoders=[])
-    stored = [k for k in before.state_dict() if "embed_tokens" not in k and k != "lm_head.weight"]
-    assert all(torch.equal(before.state_dict()[k], after.state_dict()[k]) for k in stored)
-
-
-def test_a_plain_model_without_kinds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"plain Qwen2-VL.*encoders=\[\"clip\"\]"):
-        load(plain_qwen(tmp_path))
-
-
-def test_unknown_encoder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown encoder.*siglip"):
-        load(plain_qwen(tmp_path), encoders=["siglip"])
-
-
-def test_kinds_of_a_vpt_checkpoint_cannot_be_changed_in_passing() -> None:
-    assert load(ROOT / "clip_tied", encoders=["clip"]).table["clip"]
-    with pytest.raises(UserError, match=r"other kinds than asked for.*\['dino'\].*\['clip'\]"):
-        load(ROOT / "clip_tied", encoders=["dino"])
-
-
-@pytest.mark.usefixtures("large_encoders_are_tiny")
-@pytest.mark.parametrize(("kind", "prefix"), [("dino", "detection"), ("sam", "seg")])
-def test_encoder_weights_from_their_own_checkpoints(tmp_path: Path, kind: str, prefix: str) -> None:
-    from transformers import Dinov2Config, Dinov2Model, SamConfig, SamModel
-
-    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if kind == "dino":
-        source = Dinov2Model(Dinov2Config(**sizes, image_size=224, patch_size=14, mlp_ratio=2))
-        encoder = source
-    else:
-        vision = {**sizes, "mlp_dim": 64, "output_channels": 256, "num_pos_feats": 128,
-                  "global_attn_indexes": [0], "initializer_range": 0.02}  # fmt: skip
-        source = SamModel(SamConfig(vision_config=vision))
-        encoder = source.vision_encoder
-    source.save_pretrained(tmp_path / kind)
-    model = load(
-        plain_qwen(tmp_path / "plain"), encoders=[kind], encoder_weights={kind: tmp_path / kind}
-    )
-    assert model.config.encoders[prefix]["hidden_size"] == 48
-    loaded = model.encoder(kind)
-    assert loaded is not None
-    assert_same_weights(loaded, encoder)
-
-
-def test_encoder_weights_must_fit_the_kinds(tmp_path: Path) -> None:
-    path = plain_qwen(tmp_path / "plain")
-    with pytest.raises(UserError, match=r"no encoder of its own.*\['clip'\]"):
-        load(path, encoders=["clip"], encoder_weights={"clip": tmp_path})
-    with pytest.raises(CheckpointError, match="encoder's config cannot be read"):
-        load(path, encoders=["dino"], encoder_weights={"dino": tmp_path / "nowhere"})
 
 
 def test_the_processor_needs_no_file_of_its_own(tmp_path: Path) -> None:
