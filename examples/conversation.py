@@ -11,7 +11,7 @@ from pathlib import Path
 from vpt_agent import PerceptionAgent
 
 SCENE = Path(__file__).with_name("scene.png")
-QUESTIONS = ("What is written on the red tag?", "What is written on the red tag?")
+QUESTIONS = ("What is written on the red tag?", "Read the blue tag.")
 
 
 def main(picture: str = str(SCENE), *questions: str) -> None:

@@ -14,7 +14,11 @@ from typer.testing import CliRunner
 from tests.contract.sources import ROOT, name_of
 from vpt_agent.cli import app
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"vpt-agent ([a-z]+)(?: ([a-z]+))?")
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)")
