@@ -78,7 +78,9 @@ class VPTProcessor(ProcessorMixin):
             temporal_patch_size=policy.temporal,
         )
         table = config.table.table
-        template = getattr(tokenizer, "chat_template", None) or chat_template(table)
+        # Only a template that came with a processor of this class is of the VPT layout.
+        own = tokenizer.init_kwargs.get("processor_class") == cls.__name__
+        template = (tokenizer.chat_template if own else None) or chat_template(table)
         processor = cls(made, tokenizer, chat_template=template)
         processor.perception = perception
         return processor
