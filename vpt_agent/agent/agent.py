@@ -7,32 +7,27 @@ happening, :meth:`~PerceptionAgent.run_batch` answers many together, and
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpt_agent.agent.dispatch import Dispatcher
-from vpt_agent.agent.plan import Abilities, plan_request
-from vpt_agent.agent.recorder import Recorder
-from vpt_agent.agent.run import Conversation, Run, Steps
+from vpt_agent.agent.plan import Abilities
+from vpt_agent.agent.run import Steps
+from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
 from vpt_agent.engine.core import Engine, LanguageModel
 from vpt_agent.engine.sampling import Sampling
-from vpt_agent.errors import UserError
+from vpt_agent.errors import MissingExtraError, UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
 from vpt_agent.tool import PerceptionTool, ToolRegistry
-from vpt_agent.trace import Event, RunFinished, Trace
-from vpt_agent.types import Answer, Limits, TokenSource, Usage, View
-from vpt_agent.vision.images import Source, load_views
+from vpt_agent.trace import RunFinished, Trace
+from vpt_agent.types import Answer, Limits, Usage
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
     from vpt_agent.model import VPTForConditionalGeneration
 
-Images = Source | Sequence[Source] | None
-TraceTarget = Trace | str | Path | None
 Tools = Sequence[PerceptionTool | type[PerceptionTool]] | ToolRegistry | None
 
 
@@ -46,25 +41,6 @@ class Question:
     seed: int | None = None
     limits: Limits | None = None
     trace: TraceTarget = None
-
-
-@dataclass(frozen=True)
-class TokenDelta:
-    """A token as it is chosen: what :meth:`PerceptionAgent.run_stream` shows between events."""
-
-    token: int
-    text: str
-    source: TokenSource
-
-
-@dataclass(frozen=True)
-class AnswerReady:
-    """The last thing a stream yields."""
-
-    answer: Answer
-
-
-StreamItem = Event | TokenDelta | AnswerReady
 
 
 class PerceptionAgent:
@@ -241,26 +217,28 @@ class PerceptionAgent:
         One question's trouble is its own: its answer has status ``failed`` and says why in
         ``warnings``; the others go on.
         """
-        runs: list[Steps] = []
-        talks = []
+        runs = []
+        sampling = Sampling(temperature, top_k, top_p, seed)
         for entry in questions:
             q = _question(entry)
-            sampling = Sampling(temperature, top_k, top_p, q.seed if q.seed is not None else seed)
-            talk = self.conversation(None, trace=q.trace)
-            talks.append(talk)
-            asked = partial(
-                talk.steps,
-                q.text,
-                q.tool_choice or tool_choice,
-                q.limits or limits,
-                sampling,
-                q.image,
-            )
-            runs.append(_guarded(asked, talk.trace))
+            given = {"tool_choice": tool_choice, "limits": limits, "seed": seed}
+            own = {k: getattr(q, k) for k in given if getattr(q, k) is not None}
+            runs.append(self._one_of_batch(replace(q, **(given | own)), sampling))
+        return self.engine.drive(runs)
+
+    def _one_of_batch(self, q: Question, sampling: Sampling) -> Steps:
+        """One question, whose errors are its answer. Its cache row is given back as it ends."""
+        talk: Talk | None = None
         try:
-            return self.engine.drive(runs)
+            talk = self.conversation(trace=q.trace)
+            steps = talk.steps(
+                q.text, q.tool_choice or "auto", q.limits, replace(sampling, seed=q.seed), q.image
+            )
+            return (yield from steps)
+        except (UserError, MissingExtraError) as error:
+            return _failed(error, Trace() if talk is None else talk.trace)
         finally:
-            for talk in talks:
+            if talk is not None:
                 talk.close()
 
     def conversation(self, image: Images = None, *, trace: TraceTarget = None) -> Talk:
@@ -268,168 +246,10 @@ class PerceptionAgent:
         return Talk(self, image, trace)
 
 
-class Talk:
-    """A conversation: :meth:`ask` as often as you like; earlier turns stay in the cache."""
-
-    def __init__(self, agent: PerceptionAgent, image: Images, trace: TraceTarget) -> None:
-        self.agent = agent
-        self._given = _load(image, agent.allow_urls, 1)
-        self.trace = (
-            trace if isinstance(trace, Trace) else Trace(trace, model=agent.abilities.to_dict())
-        )
-        self._state: Conversation | None = None
-        self._on_token: Callable[[int, TokenSource], None] | None = None
-
-    def close(self) -> None:
-        """Give the session's cache row back."""
-        if self._state is not None:
-            self._state.session.close()
-            self._state = None
-
-    def ask(
-        self,
-        question: str,
-        image: Images = None,
-        *,
-        tool_choice: str = "auto",
-        limits: Limits | None = None,
-        seed: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        keep: bool = True,
-    ) -> Answer:
-        """Ask the next question; ``image`` adds pictures. ``keep`` False ends the session."""
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        try:
-            steps = self.steps(question, tool_choice, limits, sampling, image)
-            return self.agent.engine.drive([steps])[0]
-        finally:
-            if not keep:
-                self.close()
-
-    def stream(
-        self,
-        question: str,
-        image: Images = None,
-        *,
-        tool_choice: str = "auto",
-        limits: Limits | None = None,
-        seed: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        keep: bool = True,
-    ) -> Iterator[StreamItem]:
-        """As :meth:`ask`, yielding what happens as it happens."""
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        waiting: deque[StreamItem] = deque()
-        answers: list[Answer] = []
-
-        def kept(steps: Steps) -> Steps:
-            answer = yield from steps
-            answers.append(answer)
-            return answer
-
-        def on_token(token: int, source: TokenSource) -> None:
-            waiting.append(TokenDelta(token, self.agent.layout.text([token]), source))
-
-        detach = self.trace.subscribe(waiting.append)
-        self._on_token = on_token
-        try:
-            steps = self.steps(question, tool_choice, limits, sampling, image)
-            for _ in self.agent.engine.steps([kept(steps)]):
-                while waiting:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
-            yield AnswerReady(answers[0])
-        finally:
-            self._on_token = None
-            detach()
-            if not keep:
-                self.close()
-
-    def steps(
-        self,
-        question: str,
-        tool_choice: str,
-        limits: Limits | None,
-        sampling: Sampling,
-        image: Images = None,
-    ) -> Steps:
-        """The run as a generator for the engine's loop. Checks the request before anything runs."""
-        agent = self.agent
-        more = _load(image, agent.allow_urls, len(self._given.views) + 1)
-        new = self._given.plus(more) if self._state is None else more
-        request = plan_request(
-            question,
-            new.views,
-            tool_choice=tool_choice,
-            limits=limits or Limits(),
-            sampling=sampling,
-            table=agent.engine.table,
-            registry=agent.registry,
-            abilities=agent.abilities,
-            layout=agent.layout,
-            sources=new.bytes,
-            notes=new.notes,
-        )
-        self._given = self._given.plus(more)
-        if self._state is None:
-            self._state = Conversation(agent.engine.session())
-        run = f"run_{len(self.trace.runs) + 1}"
-        recorder = Recorder(self.trace, run, lambda ids: agent.layout.raw_text(ids))
-        return Run(
-            request,
-            self._state,
-            agent.layout,
-            agent.dispatcher,
-            recorder,
-            on_token=self._on_token,
-        ).steps()
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Pictures of the user: views, the bytes of their files where there are files, notes."""
-
-    views: tuple[View, ...] = ()
-    bytes: Mapping[str, bytes] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def plus(self, other: _Given) -> _Given:
-        return _Given(
-            (*self.views, *other.views),
-            {**self.bytes, **other.bytes},
-            (*self.notes, *other.notes),
-        )
-
-
-def _load(images: Images, allow_urls: bool, first: int) -> _Given:
-    if images is None:
-        return _Given()
-    single = isinstance(images, str | Path | bytes) or not isinstance(images, Sequence)
-    sources: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
-    notes: list[str] = []
-    views = load_views(sources, first=first, allow_urls=allow_urls, warnings=notes)
-    files = {}
-    for view, source in zip(views, sources, strict=True):
-        if isinstance(source, bytes):
-            files[view.id] = source
-        elif isinstance(source, str | Path) and Path(source).is_file():
-            files[view.id] = Path(source).read_bytes()
-    return _Given(views, files, tuple(notes))
-
-
-def _guarded(steps: Callable[[], Steps], trace: Trace) -> Steps:
-    """In a batch an error is one question's answer, not everybody's exception."""
-    try:
-        return (yield from steps())
-    except UserError as error:
-        last = trace.events[-1] if trace.events else None
-        warnings = last.warnings if isinstance(last, RunFinished) else ()
-        return Answer("", (), (), (), Usage(), (*warnings, str(error)), trace, "failed")
+def _failed(error: Exception, trace: Trace) -> Answer:
+    last = trace.events[-1] if trace.events else None
+    warnings = last.warnings if isinstance(last, RunFinished) else ()
+    return Answer("", (), (), (), Usage(), (*warnings, str(error)), trace, "failed")
 
 
 def _question(entry: Question | str | tuple[str, Images]) -> Question:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vpt_agent.engine.core import Engine
 from vpt_agent.engine.parts import Look
-from vpt_agent.errors import ModelRetry
+from vpt_agent.errors import ModelRetry, ToolDefinitionError, UserError
 from vpt_agent.kernels import kernel_name
 from vpt_agent.tokens.grid import RegionPolicy
 from vpt_agent.tool import ToolContext, ToolRegistry, execute
@@ -56,10 +56,15 @@ class Dispatcher:
         self, engine: Engine, registry: ToolRegistry, *, regions: RegionPolicy, workers: int = 4
     ) -> None:
         self.engine, self.registry, self.regions = engine, registry, regions
+        embed = engine.model.get_input_embeddings()
+        first = torch.zeros(1, 1, dtype=torch.long, device=engine.device)
+        self._width = embed(first).shape[-1]  # of the language model: D
+        self._closed = False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vpt-tool")
 
     def close(self) -> None:
         """Stop taking calls; threads end when their tools do."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def look(self, encoder: str, views: tuple[View, ...]) -> Look:
@@ -86,12 +91,32 @@ class Dispatcher:
 
     def submit(self, calls: Sequence[ToolCall], scope: Scope) -> tuple[Future[ToolResult], ...]:
         """Start all calls; a future each, which never raises for the model's or a tool's fault."""
+        if self._closed:
+            raise UserError("this agent is closed: its tools do not run any more")
         return tuple(self._pool.submit(self._one, call, scope) for call in calls)
 
     def _one(self, call: ToolCall, scope: Scope) -> ToolResult:
         with torch.inference_mode():
             tool = self.registry.get(call.name)
-            return execute(tool, call, lambda: self._context(call, scope))
+            result = execute(tool, call, lambda: self._context(call, scope))
+        if result.features is not None:
+            self._check(result.features, call.name)
+        return result
+
+    def _check(self, features: VisualFeatures, name: str) -> None:
+        """Features that the language model cannot take are their author's fault: said here, where
+        the tool is known, and not in the middle of a batch."""
+        shape = tuple(getattr(features.tokens, "shape", ()))
+        fits = len(shape) == 2 and shape[0] > 0 and shape[1] == self._width
+        if fits and features.kind in self.engine.table and features.tokens.is_floating_point():
+            return
+        kinds = ", ".join(row.name for row in self.engine.table.rows)
+        raise ToolDefinitionError(
+            "a tool gave visual features that this model cannot take",
+            where=name,
+            got=f"kind {features.kind!r}, shape {shape}",
+            expected=f"a kind of {kinds}; floating point [V, {self._width}] with V > 0",
+        )
 
     def _context(self, call: ToolCall, scope: Scope) -> ToolContext:
         table = self.engine.table

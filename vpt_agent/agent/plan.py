@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vpt_agent.agent.run import Request
+from vpt_agent.agent.state import Request
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import VPTLayout
@@ -65,7 +65,6 @@ def plan_request(
         for k in first
         if k in abilities.untrained
     ]
-    asked = question
     if abilities.trigger == "phrase":
         if first:
             question = layout.with_trigger(question, first[0])
@@ -77,8 +76,12 @@ def plan_request(
                 "no trigger phrase in the question it will hardly ever look again; name a tool in "
                 "tool_choice, or use tool_choice='required'"
             )
-    if not views and not asked.strip():
-        raise UserError("nothing to answer", got=repr(question))
+    zero = [name for name in ("calls", "rounds") if getattr(limits, name) < 1]
+    if first and zero:
+        warnings.append(
+            f"tool_choice={tool_choice!r} asks for a call, but the limit of {zero[0]} is 0: "
+            "none is made"
+        )
     return Request(
         question=question,
         views=views,
@@ -117,7 +120,9 @@ def _required(
             phrase = table[trained[0]].kind.trigger
             return [k for k in trained if table[k].kind.trigger == phrase]
         return trained
-    tool = registry.find(choice)
+    tool = registry.find(choice) if isinstance(choice, str) else None
+    if tool is None and any(failed.name == choice for failed in registry.failed):
+        registry[choice]  # raises, and says why it did not load
     if tool is None:
         raise UserError(
             "tool_choice names no tool",
@@ -125,7 +130,7 @@ def _required(
             expected="auto, none, required, or one of: "
             + ", ".join(sorted(t.name for t in registry)),
         )
-    own = [k for k in kinds if table[k].kind.tool == tool.name]
+    own = [k for k in kinds if registry.find(table[k].kind.tool) is tool]
     if not own:
         raise UserError(
             "tool_choice names a tool that this model has no perception token for",

@@ -48,6 +48,7 @@ class Recorder:
     def __init__(self, trace: Trace, run: str, text: Callable[[Sequence[int]], str]) -> None:
         self.trace, self.run, self.text = trace, run, text
         self.turn = 0
+        self.open = False  # between its first and its last event
         self.usage = Usage()
         self.warnings: list[str] = []
         self.began = time.perf_counter()
@@ -85,6 +86,7 @@ class Recorder:
     ) -> None:
         """The question, its pictures and the settings."""
         self._sources = dict(sources)
+        self.open = True
         self.trace.emit(
             RunStarted(
                 **self._ids(),
@@ -250,6 +252,7 @@ class Recorder:
         error: str | None = None,
     ) -> None:
         """The outcome; the last event of a run."""
+        self.open = False
         self.usage.seconds = self.seconds()
         usage = {
             k: float(v) if isinstance(v, float) else int(v) for k, v in self.usage.to_dict().items()

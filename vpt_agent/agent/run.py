@@ -8,78 +8,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from vpt_agent.agent.dispatch import Dispatcher, Scope
 from vpt_agent.agent.recorder import Recorder
+from vpt_agent.agent.state import Conversation, Progress, Request
 from vpt_agent.engine.decode import Turn, TurnCall, TurnRules, decode_turn
 from vpt_agent.engine.parts import Looked, Part, Tokens, Visual, Wait
-from vpt_agent.engine.sampling import Sampler, Sampling
-from vpt_agent.engine.session import Session, spans_of
+from vpt_agent.engine.sampling import Sampler
+from vpt_agent.engine.session import spans_of
 from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import FeatureSlot, Ids, Outcome, PictureSlot, PromptPart, VPTLayout
 from vpt_agent.tokens.grammar import Grammar, ParseError
+from vpt_agent.trace import ToolCalled
 from vpt_agent.types import (
     Answer,
     CallError,
-    Limits,
     TokenSource,
     ToolCall,
     ToolResult,
     View,
 )
 
-
-@dataclass(frozen=True)
-class Request:
-    """One question, checked: what a run is made of.
-
-    ``kinds`` are the perception kinds the model may call, ``first`` those of which the first turn
-    must call one (empty: free). ``question`` has its trigger phrase already.
-    """
-
-    question: str
-    views: tuple[View, ...]
-    kinds: tuple[str, ...]
-    first: tuple[str, ...]
-    tool_choice: str
-    limits: Limits
-    sampling: Sampling
-    tools: Mapping[str, str]
-    model: Mapping[str, Any]
-    sources: Mapping[str, bytes] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass
-class Conversation:
-    """What stays between the questions of one conversation."""
-
-    session: Session
-    views: dict[str, View] = field(default_factory=dict)
-    tail: list[int] = field(default_factory=list)  # chosen, not computed yet
-    runs: list[str] = field(default_factory=list)
-    calls: int = 0
-
-
-@dataclass
-class _Progress:
-    calls: list[ToolCall] = field(default_factory=list)
-    results: list[ToolResult] = field(default_factory=list)
-    views: list[View] = field(default_factory=list)
-    text: list[int] = field(default_factory=list)
-    tokens: int = 0
-    rounds: int = 0
-    failures: int = 0
-    pixels: int = 0  # that calls added, as visual_tokens
-    visual_tokens: int = 0
-    said: set[str] = field(default_factory=set)  # limits already told
-
-
 Steps = Generator[Any, Any, Answer]
+
+FRAME = 8
+"""Tokens, at most, that the layout puts around one part of a result."""
+RESERVE = 64
+"""Tokens that results leave free, for the words around them and the answer."""
+
+
+def _shows(result: ToolResult, view_id: str) -> bool:
+    return any(view.id == view_id for view in result.views)
 
 
 class Run:
@@ -100,22 +63,32 @@ class Run:
         self.session = talk.session
         self.engine = talk.session.engine
         self.sampler = Sampler(request.sampling)
-        self.progress = _Progress()
+        self.progress = Progress()
         self.grammar = Grammar(self.engine.table, kinds=request.kinds)
 
     def steps(self) -> Steps:
-        """The whole run. A user error ends it with its event in the trace, and is raised."""
-        self._start()
+        """The whole run. An error, or a caller who stops it, ends it with its event in the trace;
+        the conversation is then as it was before."""
+        if self.talk.busy:
+            raise UserError(
+                "a question of this conversation is still being answered",
+                fix="take its stream to the end, or close it, before the next question",
+            )
+        self.talk.busy = True
+        restore = self.talk.save()
         try:
+            self._start()
             logits = yield from self._open()
             return (yield from self._turns(logits))
-        except UserError as error:
-            self.recorder.finished("failed", "", error=str(error))
+        except BaseException as error:
+            restore()
+            stopped = isinstance(error, GeneratorExit)
+            why = "stopped by the caller" if stopped else str(error) or type(error).__name__
+            if self.recorder.open:
+                self.recorder.finished("failed", "", error=why)
             raise
-        except GeneratorExit:
-            # The caller stopped the stream: what was done stays in the trace.
-            self.recorder.finished("failed", "", error="stopped by the caller")
-            raise
+        finally:
+            self.talk.busy = False
 
     # --- the opening ----------------------------------------------------------------------
 
@@ -133,11 +106,12 @@ class Run:
             continues=self.talk.runs[-1] if self.talk.runs else None,
             sources=r.sources,
         )
-        self.talk.runs.append(self.recorder.run)
+        self.talk.runs = (*self.talk.runs, self.recorder.run)
         for message in r.warnings:
             self.recorder.warn(message)
         for view in r.views:
             self.talk.views[view.id] = view
+        self.talk.originals = (*self.talk.originals, *r.views)
 
     def _open(self) -> Generator[Any, Any, Tensor]:
         """Encode the pictures, prefill the prompt; the logits of the first token."""
@@ -146,13 +120,22 @@ class Run:
         names = [v.id for v in r.views]
         first = not len(self.session) and not self.talk.tail
         pieces = (self.layout.opening if first else self.layout.follow_up)(names, r.question)
-        parts = self._parts(pieces, looked, {})
+        parts = self._parts(self._closing(pieces), looked, {})
         counts = {name: found.tokens.shape[0] for name, found in looked.items()}
         self.recorder.prompt(self.layout.readable(pieces, counts), spans_of(parts))
         start, began = len(self.session), time.perf_counter()
         logits = yield from self._feed(parts)
         self.recorder.prefilled(self.session, start, time.perf_counter() - began)
         return logits
+
+    def _closing(self, pieces: Sequence[PromptPart]) -> list[PromptPart]:
+        """``pieces`` behind the end of the assistant's turn, where that is missing."""
+        missing, self.talk.unclosed = self.talk.unclosed, False
+        return [Ids((self.layout.end,)), *pieces] if missing else list(pieces)
+
+    def _room(self) -> int:
+        """Tokens that the conversation can still take before the model's longest sequence."""
+        return self.engine.max_positions - len(self.session) - len(self.talk.tail)
 
     def _look(self, views: Sequence[View]) -> Generator[Any, Any, dict[str, Looked]]:
         if not views:
@@ -179,7 +162,7 @@ class Run:
         self,
         pieces: Sequence[PromptPart],
         looked: Mapping[str, Looked],
-        results: Mapping[str, ToolResult],
+        outcome: Mapping[str, tuple[ToolCall, ToolResult]],
     ) -> list[Part]:
         parts: list[Part] = []
         for piece in pieces:
@@ -188,11 +171,11 @@ class Run:
             elif isinstance(piece, PictureSlot):
                 found = looked[piece.view]
                 pad = self.layout.image_pad
-                call = next((c for c, r in results.items() if found.view in r.views), None)
-                kind = None if call is None else "region"
-                parts.append(Visual(pad, found.tokens, found.grid, piece.view, kind, call))
+                call = next((c for c, r in outcome.values() if _shows(r, piece.view)), None)
+                kind, call_id = (None, None) if call is None else (call.kind, call.id)
+                parts.append(Visual(pad, found.tokens, found.grid, piece.view, kind, call_id))
             else:
-                parts.append(self._features(piece, results[piece.call_id]))
+                parts.append(self._features(piece, outcome[piece.call_id][1]))
         return parts
 
     def _features(self, slot: FeatureSlot, result: ToolResult) -> Visual:
@@ -216,19 +199,21 @@ class Run:
             outcome = yield from self._perform(turn.items)
             if turn.stop == "inline":
                 waiting += outcome[:-1]
-                logits = yield from self._append(outcome[-1:], inline=True)
-                continue
-            waiting += outcome
-            if turn.stop == "special":
-                # Only the end of turn belongs in the layout; the token was never computed.
-                self._warn_special(turn)
-                self.talk.tail = [*self.talk.tail[:-1], self.layout.end]
-            if not waiting and not any(isinstance(i, ParseError) for i in turn.items):
-                return self._answered()
-            done.rounds += 1
-            done.text = []
-            logits = yield from self._append(waiting, errors=turn.items)
-            waiting = []
+                appended = yield from self._append(outcome[-1:], after=turn)
+            else:
+                waiting += outcome
+                if turn.stop == "special":
+                    self._warn_special(turn)
+                    self.talk.unclosed = True
+                if not waiting and not any(isinstance(i, ParseError) for i in turn.items):
+                    return self._answered()
+                done.rounds += 1
+                done.text = []
+                appended = yield from self._append(waiting, errors=turn.items)
+                waiting = []
+            if appended is None:
+                return self._out_of_room()
+            logits = appended
 
     def _decode(self, logits: Tensor, first: Sequence[str]) -> Generator[Any, Any, Turn]:
         began = time.perf_counter()
@@ -256,20 +241,34 @@ class Run:
                 if name not in done.said:
                     done.said.add(name)
                     self.recorder.limit(name, value, allowed)
-        starts = frozenset(row.start for row in table.rows)
         return TurnRules(
             grammar=self.grammar,
             end=self.layout.end,
             stop=self.layout.stop_ids,
-            starts=starts,
-            banned=self.grammar.barred,
+            starts=frozenset(row.start for row in table.rows),
+            banned=self.grammar.barred | self._given_up(),
             first=frozenset(table[k].start for k in first) if first and left else None,
-            max_new_tokens=limits.new_tokens - done.tokens,
+            max_new_tokens=max(0, min(limits.new_tokens - done.tokens, self._room())),
             max_calls=left,
             inline=frozenset(r.name for r in table.rows if r.kind.result == "inline"),
             expired=self._expired,
             on_token=self.on_token,
         )
+
+    def _given_up(self) -> frozenset[int]:
+        """Start ids of kinds whose tool failed more often than it lets the model try again."""
+        ids = set()
+        for row in self.engine.table.rows:
+            tool = self.dispatcher.registry.find(row.kind.tool)
+            failed = self.progress.failed[row.kind.tool]
+            if tool is None or failed <= tool.max_retries:
+                continue
+            ids.add(row.start)
+            name = f"retries of {row.kind.tool}"
+            if name not in self.progress.said:
+                self.progress.said.add(name)
+                self.recorder.limit(name, failed, tool.max_retries + 1)
+        return frozenset(ids)
 
     def _expired(self) -> bool:
         allowed = self.request.limits.seconds
@@ -283,18 +282,16 @@ class Run:
         calls = []
         for item in items:
             if isinstance(item, ParseError):
-                self.progress.failures += 1
+                self._failure(self.engine.kind_of(item.call).kind.tool)
                 self.recorder.rejected(item)
                 continue
-            self.talk.calls += 1
-            calls.append(self._call(item, f"call_{self.talk.calls}"))
+            calls.append(self._call(item))
+            self.recorder.called(calls[-1])
         if not calls:
             return []
-        for call in calls:
-            self.recorder.called(call)
         scope = Scope(
             dict(self.talk.views),
-            self.request.views or tuple(self.talk.views.values()),
+            self.talk.originals,
             self.request.sampling.seed,
             self._deadline(),
         )
@@ -304,21 +301,33 @@ class Run:
             for look, items_found in zip(looks, found, strict=True):
                 self.recorder.looked(items_found, kind=look.encoder)
         results = yield Wait(self.dispatcher.submit(calls, scope))
-        checked = [self._within_budget(r) for r in results]
-        for call, result in zip(calls, checked, strict=True):
+        checked = []
+        room = self._room() - RESERVE
+        for call, result in zip(calls, results, strict=True):
+            result, room = self._within_budget(result, room)
+            named = tuple(self.talk.name(v, self.recorder.trace) for v in result.views)
+            result = replace(result, views=named)
             self.recorder.finished_call(result)
-            self.progress.failures += not result.ok
+            if not result.ok:
+                self._failure(call.name)
             self.progress.calls.append(call)
             self.progress.results.append(result)
-            for view in result.views:
-                self.talk.views[view.id] = view
-                self.progress.views.append(view)
-        return list(zip(calls, checked, strict=True))
+            self.progress.views += result.views
+            checked.append((call, result))
+        return checked
 
-    def _call(self, item: TurnCall, call_id: str) -> ToolCall:
+    def _failure(self, tool: str) -> None:
+        self.progress.failures += 1
+        self.progress.failed[tool] += 1
+
+    def _call(self, item: TurnCall) -> ToolCall:
+        taken = {e.call_id for e in self.recorder.trace.events if isinstance(e, ToolCalled)}
+        self.talk.calls += 1
+        while f"call_{self.talk.calls}" in taken:  # by another conversation, in the same trace
+            self.talk.calls += 1
         kind = self.engine.kind_of(item.parsed.kind).kind
         return ToolCall(
-            id=call_id,
+            id=f"call_{self.talk.calls}",
             name=kind.tool,
             arguments=dict(item.parsed.arguments),
             origin="forced" if item.forced_start else "sampled",
@@ -331,41 +340,51 @@ class Run:
         allowed = self.request.limits.seconds
         return None if allowed is None else time.monotonic() + allowed - self.recorder.seconds()
 
-    def _within_budget(self, result: ToolResult) -> ToolResult:
-        """A result that would break a limit is left out, and the model is told."""
+    def _within_budget(self, result: ToolResult, room: int) -> tuple[ToolResult, int]:
+        """A result that would break a limit is left out, and the model is told.
+
+        ``room`` is what the conversation can take of the results of this turn; given back less
+        what this one takes.
+        """
         limits, done = self.request.limits, self.progress
         pixels = sum(v.size[0] * v.size[1] for v in result.views)
         tokens = sum(self.dispatcher.visual_tokens(v) for v in result.views)
         if result.features is not None:
             tokens += result.features.tokens.shape[0]
+        length = len(self.layout.encode_text(result.text)) if result.text else 0
+        length += tokens + FRAME * (len(result.views) + 1)
         for name, spent, more, allowed in (
             ("pixels", done.pixels, pixels, limits.pixels),
             ("visual_tokens", done.visual_tokens, tokens, limits.visual_tokens),
+            ("context", 0, length if result.ok else 0, max(0, room)),
         ):
             if more and spent + more > allowed:
                 self.recorder.limit(name, spent + more, allowed)
                 error = CallError(
                     "limit", f"the limit of {name} is reached: answer with what you have"
                 )
-                return replace(result, views=(), features=None, text=None, error=error)
+                return replace(result, views=(), features=None, text=None, error=error), room
         done.pixels += pixels
         done.visual_tokens += tokens
-        return result
+        return result, room - length
 
     def _append(
         self,
         outcome: Sequence[tuple[ToolCall, ToolResult]],
         *,
         errors: Sequence[TurnCall | ParseError] = (),
-        inline: bool = False,
-    ) -> Generator[Any, Any, Tensor]:
-        """Results become the next user turn (or stand inline); the logits behind them."""
+        after: Turn | None = None,
+    ) -> Generator[Any, Any, Tensor | None]:
+        """Results become the next user turn, or stand inline ``after`` an unfinished turn.
+
+        Gives the logits behind them, or None if the conversation has no room for them.
+        """
         views = [v for _, result in outcome for v in result.views]
         looked = yield from self._look(views)
         told = [
             Outcome(
                 call.id,
-                call.kind,
+                call.kind if result.features is None else result.features.kind,
                 tuple(v.id for v in result.views),
                 result.features is not None,
                 result.text,
@@ -378,15 +397,24 @@ class Run:
             for item in errors
             if isinstance(item, ParseError)
         ]
-        pieces = self.layout.inline(told[0]) if inline else self.layout.results(told)
-        parts = self._parts(pieces, looked, {call.id: result for call, result in outcome})
+        pieces = (
+            self._closing(self.layout.results(told))
+            if after is None
+            else (self.layout.inline(told[0]))
+        )
+        parts = self._parts(pieces, looked, {call.id: (call, r) for call, r in outcome})
+        spans = spans_of(parts)
+        if sum(len(s.ids) for s in spans) > self._room():
+            return None
+        if after is not None and not parts and after.logits is not None:
+            return after.logits  # an inline call that gave nothing: the turn just goes on
         start = len(self.session) + len(self.talk.tail)
         began = time.perf_counter()
         logits = yield from self._feed(parts)
         self.recorder.appended(
             self.session,
             [call.id for call, _ in outcome],
-            spans_of(parts),
+            spans,
             start,
             time.perf_counter() - began,
         )
@@ -404,16 +432,27 @@ class Run:
         return self._answer(text, None)
 
     def _stopped(self, turn: Turn) -> Answer:
-        limit = "new_tokens" if turn.stop == "new_tokens" else "seconds"
-        self._leave_out(turn.items, limit)
-        text = self.layout.answer(self.progress.text)
-        limits = self.request.limits
-        if limit == "new_tokens":
-            self.recorder.limit(limit, self.progress.tokens, limits.new_tokens)
+        limits, used = self.request.limits, self.progress.tokens
+        if turn.stop == "deadline":
+            name, value, allowed = "seconds", self.recorder.seconds(), limits.seconds or 0.0
+        elif used >= limits.new_tokens:
+            name, value, allowed = "new_tokens", used, limits.new_tokens
         else:
-            self.recorder.limit(limit, self.recorder.seconds(), limits.seconds or 0.0)
-        # A follow-up needs the turn closed.
-        self.talk.tail.append(self.layout.end)
+            return self._out_of_room(turn.items)
+        return self._limited(name, value, allowed, turn.items)
+
+    def _out_of_room(self, items: Sequence[TurnCall | ParseError] = ()) -> Answer:
+        """The conversation has reached the model's longest sequence."""
+        longest = self.engine.max_positions
+        return self._limited("context", longest + 1, longest, items)
+
+    def _limited(
+        self, limit: str, value: float, allowed: float, items: Sequence[TurnCall | ParseError]
+    ) -> Answer:
+        self._leave_out(items, limit)
+        text = self.layout.answer(self.progress.text)
+        self.recorder.limit(limit, value, allowed)
+        self.talk.unclosed = True
         self.recorder.finished("limit", text, limit=limit)
         return self._answer(text, limit)
 
@@ -423,8 +462,7 @@ class Run:
             if isinstance(item, ParseError):
                 self.recorder.rejected(item)
                 continue
-            self.talk.calls += 1
-            call = self._call(item, f"call_{self.talk.calls}")
+            call = self._call(item)
             error = CallError("limit", f"not run: the limit of {limit} was reached")
             result = ToolResult(call.id, call.name, error=error)
             self.recorder.called(call)

@@ -8,7 +8,7 @@ group in one batch, and sends the answers back. Rows at different stages share a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -145,11 +145,11 @@ class Engine:
             pass
         return [entry.result for entry in live]
 
-    def steps(self, runs: Sequence[Run[T]]) -> Iterator[None]:
+    def steps(self, runs: Sequence[Run[T]]) -> Generator[None, None, None]:
         """As :meth:`drive`, giving control back after every step."""
         return self._steps([_Live(run) for run in runs])
 
-    def _steps(self, live: list[_Live]) -> Iterator[None]:
+    def _steps(self, live: list[_Live]) -> Generator[None, None, None]:
         try:
             for entry in live:
                 self._advance(entry, None)
@@ -289,7 +289,7 @@ class Engine:
         if features:
             embeds = splice(
                 embeds,
-                torch.cat([f.to(embeds.dtype) for f in features]),
+                torch.cat([f.to(embeds) for f in features]),
                 torch.cat(index).to(self.device),
             )
         return embeds, positions.to(self.device)

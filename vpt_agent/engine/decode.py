@@ -56,6 +56,9 @@ class TurnCall:
 class Turn:
     """What was decoded. ``pending`` ids were chosen but not computed yet: feed them first.
 
+    A special token that ended the turn (``stop`` is special) is ``stop_id``, and stands in neither
+    ``spans`` nor ``pending``; ``removed`` counts it.
+
     ``removed`` is the probability mass that the constraint took away at each token; -1 where it is
     not known, since decoding ended before a forced token's logits were needed.
     """
@@ -118,7 +121,10 @@ class _Decoder:
             self._record(picked)
             token = picked.token
             if token in self.rules.stop:
-                return self._finish("end" if token == self.rules.end else "special", token)
+                if token == self.rules.end:
+                    return self._finish("end", token)
+                self.turn.pending.pop()
+                return self._finish("special", token)
             inside_before = self.state.kind is not None
             self.state, event = self.rules.grammar.step(self.state, token)
             if not inside_before and self.state.kind is not None:
@@ -192,7 +198,8 @@ class _Decoder:
         if stop != "inline" and (cut := self.rules.grammar.finish(self.state)) is not None:
             turn.items.append(cut)
         turn.removed = [c.removed for c in self.chosen]
-        turn.spans = _spans(self.chosen)
+        # A special token ends the turn but has no place in the conversation.
+        turn.spans = _spans(self.chosen[:-1] if stop == "special" else self.chosen)
         return turn
 
 

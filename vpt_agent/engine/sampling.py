@@ -25,9 +25,7 @@ class Sampling:
         if not _is_number(self.temperature) or self.temperature < 0:
             raise UserError("temperature must be 0 (greedy) or more", got=repr(self.temperature))
         if not _is_whole(self.top_k) or self.top_k < 0:
-            raise UserError(
-                "top_k must be 0 (off) or more, a whole number", got=repr(self.top_k)
-            )
+            raise UserError("top_k must be 0 (off) or more, a whole number", got=repr(self.top_k))
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise UserError("top_p must be in (0, 1]", got=repr(self.top_p))
         if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):

@@ -1,0 +1,254 @@
+"""A conversation: several questions on the same pictures, in one session and one trace."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpt_agent.agent.plan import plan_request
+from vpt_agent.agent.recorder import Recorder
+from vpt_agent.agent.run import Run, Steps
+from vpt_agent.agent.state import Conversation
+from vpt_agent.engine.sampling import Sampling
+from vpt_agent.errors import UserError
+from vpt_agent.prompt.vpt import VPTLayout
+from vpt_agent.trace import Event, Trace
+from vpt_agent.types import Answer, Limits, TokenSource, View
+from vpt_agent.vision.images import Source, load_views
+
+if TYPE_CHECKING:
+    from vpt_agent.agent.agent import PerceptionAgent
+
+Images = Source | Sequence[Source] | None
+TraceTarget = Trace | str | Path | None
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """A token as it is chosen: what :meth:`PerceptionAgent.run_stream` shows between events."""
+
+    token: int
+    text: str
+    source: TokenSource
+
+
+@dataclass(frozen=True)
+class AnswerReady:
+    """The last thing a stream yields."""
+
+    answer: Answer
+
+
+StreamItem = Event | TokenDelta | AnswerReady
+
+
+class Talk:
+    """A conversation: :meth:`ask` as often as you like; earlier turns stay in the cache.
+
+    A question that fails, or whose stream is closed, is taken back: the conversation stands where
+    it was before it, and its pictures come with the next question if they were given to
+    :meth:`PerceptionAgent.conversation`. One question at a time; after :meth:`close` none.
+    """
+
+    def __init__(self, agent: PerceptionAgent, image: Images, trace: TraceTarget) -> None:
+        self.agent = agent
+        self._waiting = _load(image, agent.allow_urls)  # no answered question has shown them
+        self.trace = (
+            trace if isinstance(trace, Trace) else Trace(trace, model=agent.abilities.to_dict())
+        )
+        self._state: Conversation | None = None
+        self._closed = False
+        self._on_token: Callable[[int, TokenSource], None] | None = None
+
+    def close(self) -> None:
+        """Give the session's cache row back."""
+        self._closed = True
+        if self._state is not None:
+            self._state.session.close()
+            self._state = None
+
+    def ask(
+        self,
+        question: str,
+        image: Images = None,
+        *,
+        tool_choice: str = "auto",
+        limits: Limits | None = None,
+        seed: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        keep: bool = True,
+    ) -> Answer:
+        """Ask the next question; ``image`` adds pictures. ``keep`` False ends the session."""
+        try:
+            sampling = Sampling(temperature, top_k, top_p, seed)
+            steps = self.steps(question, tool_choice, limits, sampling, image)
+            return self.agent.engine.drive([steps])[0]
+        finally:
+            if not keep:
+                self.close()
+
+    def stream(
+        self,
+        question: str,
+        image: Images = None,
+        *,
+        tool_choice: str = "auto",
+        limits: Limits | None = None,
+        seed: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        keep: bool = True,
+    ) -> Iterator[StreamItem]:
+        """As :meth:`ask`, yielding what happens as it happens."""
+        waiting: deque[StreamItem] = deque()
+        answers: list[Answer] = []
+        pieces = _TextPieces(self.agent.layout)
+
+        def kept(steps: Steps) -> Steps:
+            answer = yield from steps
+            answers.append(answer)
+            return answer
+
+        def on_token(token: int, source: TokenSource) -> None:
+            waiting.append(TokenDelta(token, pieces.add(token), source))
+
+        detach = self.trace.subscribe(waiting.append)
+        try:
+            sampling = Sampling(temperature, top_k, top_p, seed)
+            steps = kept(self.steps(question, tool_choice, limits, sampling, image, on_token))
+            # Closed here, so that a stopped run still finds its session and its listeners.
+            with closing(self.agent.engine.steps([steps])) as loop:
+                for _ in loop:
+                    while waiting:
+                        yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+            yield AnswerReady(answers[0])
+        finally:
+            detach()
+            if not keep:
+                self.close()
+
+    def steps(
+        self,
+        question: str,
+        tool_choice: str,
+        limits: Limits | None,
+        sampling: Sampling,
+        image: Images = None,
+        on_token: Callable[[int, TokenSource], None] | None = None,
+    ) -> Steps:
+        """The run as a generator for the engine's loop. Checks the request before anything runs."""
+        agent = self.agent
+        if self._closed:
+            raise UserError(
+                "this conversation is closed", where="Talk", fix="start a new one: conversation()"
+            )
+        new = self._numbered(self._waiting.plus(_load(image, agent.allow_urls)))
+        request = plan_request(
+            question,
+            new.views,
+            tool_choice=tool_choice,
+            limits=limits or Limits(),
+            sampling=sampling,
+            table=agent.engine.table,
+            registry=agent.registry,
+            abilities=agent.abilities,
+            layout=agent.layout,
+            sources={v.id: f for v, f in zip(new.views, new.files, strict=True) if f is not None},
+            notes=new.notes,
+        )
+        if self._state is None:
+            self._state = Conversation(agent.engine.session())
+        run = f"run_{len(self.trace.runs) + 1}"
+        recorder = Recorder(self.trace, run, agent.layout.raw_text)
+        steps = Run(
+            request, self._state, agent.layout, agent.dispatcher, recorder, on_token=on_token
+        ).steps()
+        return self._answered(steps)
+
+    def _answered(self, steps: Steps) -> Steps:
+        answer = yield from steps
+        self._waiting = _Given()
+        return answer
+
+    def _numbered(self, given: _Given) -> _Given:
+        """``given`` with ids that name no other picture of this conversation or its trace."""
+        taken = self.trace.views
+        number = len(self._state.originals) if self._state is not None else 0
+        views, notes = [], []
+        for view, note in zip(given.views, given.notes_of, strict=True):
+            number += 1
+            while (known := taken.get(f"image_{number}")) and known.sha256 != view.sha256:
+                number += 1
+            name = f"image_{number}"
+            views.append(view if view.id == name else replace(view, id=name, root=name))
+            notes.append(tuple(n.replace(f"{view.id}:", f"{name}:", 1) for n in note))
+        return _Given(tuple(views), given.files, tuple(notes))
+
+
+class _TextPieces:
+    """Text of tokens one by one; a character of several tokens comes with its last one."""
+
+    def __init__(self, layout: VPTLayout) -> None:
+        self._layout = layout
+        self._held: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is complete with ``token``."""
+        self._held.append(token)
+        text = self._layout.text(self._held)
+        # Four bytes are the longest character: what is longer is broken, not unfinished.
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._held) < 4:
+            return ""
+        self._held = []
+        return text
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Pictures of the user: views, with the bytes of their files (None: no file) and notes."""
+
+    views: tuple[View, ...] = ()
+    files: tuple[bytes | None, ...] = ()
+    notes_of: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for notes in self.notes_of for note in notes)
+
+    def plus(self, other: _Given) -> _Given:
+        return _Given(
+            (*self.views, *other.views),
+            (*self.files, *other.files),
+            (*self.notes_of, *other.notes_of),
+        )
+
+
+def _load(images: Images, allow_urls: bool) -> _Given:
+    if images is None:
+        return _Given()
+    single = isinstance(images, str | Path | bytes | bytearray) or not isinstance(images, Sequence)
+    sources: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+    if not sources:
+        raise UserError(
+            "the list of pictures is empty",
+            got=repr(images),
+            fix="pass image=None for a question without a picture",
+        )
+    done = _Given()
+    for source in sources:
+        notes: list[str] = []
+        (view,) = load_views([source], allow_urls=allow_urls, warnings=notes)
+        file = source if isinstance(source, bytes) else None
+        if isinstance(source, str | Path) and Path(source).is_file():
+            file = Path(source).read_bytes()
+        done = done.plus(_Given((view,), (file,), (tuple(notes),)))
+    return done
