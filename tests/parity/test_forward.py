@@ -62,12 +62,35 @@ def test_forward_equals_the_release(
     if (want := expected("hidden_first_pass")) is not None:
         # Our first pass stops where the last control state is read; the rest does not matter.
         apart["hidden_first_pass"] = _apart(first[:, columns_first], want[:, : len(columns_first)])
+    if (want := expected("encoder_out")) is not None:
+        apart["encoder"] = _apart(torch.cat(_encoded(model, variant, inputs)), want.flatten(0, -2))
+    if (want := expected("encoder_out_sub")) is not None:
+        maps = torch.stack(_encoded(model, variant, inputs))
+        apart["encoder"] = _apart(maps[:, ::4, ::8, ::8], want)
     if norms:
         model.zero_grad()
         output.loss.backward()
         apart["gradients"] = _gradients_apart(model, gold, f"{case}/{mode}", norms)
-    figures("parity: largest absolute differences", case=f"{variant}/{case}/{mode}", **apart)
+    figures(
+        f"parity with the release, {variant.split('_')[0]}",
+        case=f"{variant}/{case}/{mode}",
+        **apart,
+    )
     assert max(apart.values()) <= TOLERANCE, apart
+
+
+def _encoded(
+    model: VPTForConditionalGeneration, variant: str, inputs: dict[str, Tensor]
+) -> list[Tensor]:
+    """What the variant's own encoder gives, before the projector."""
+    kind = variant.split("_")[0]
+    names = {
+        "clip": {"pixel_values": "clip_pixel_values", "grid_thw": "clip_images_grid_thw"},
+        "dino": {"pixels": "detection_images"},
+        "sam": {"pixels": "seg_images"},
+    }[kind]
+    with torch.no_grad():
+        return list(model.run_tower(kind, **{k: inputs[v] for k, v in names.items()}))
 
 
 class _watched:  # noqa: N801 - used as a function

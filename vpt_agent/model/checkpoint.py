@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.model.configuration import VPTConfig
-from vpt_agent.model.fresh import FromScratch, fresh_config, initialise_fresh
+from vpt_agent.model.fresh import FromScratch, fresh_config, grow_embeddings, initialise_fresh
 from vpt_agent.model.published import PUBLISHED_MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -196,13 +196,16 @@ class _readable:  # noqa: N801 - used as a function
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' table of missing keys: what it says is checked, and said, here."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(wanted)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(wanted)
 
 
 def load_model(
@@ -252,6 +255,8 @@ def load_model(
     _check_loaded(folder, info, allowed=() if fresh is None else fresh.parts)
     if fresh is not None and scratch is not None:
         initialise_fresh(model, fresh, scratch.weights or {})
+    else:
+        _check_rows(model, folder)
     model.config.name_or_path = str(name)
     return model, info
 
@@ -297,6 +302,26 @@ def _check_loaded(folder: Path, info: Mapping[str, Any], *, allowed: tuple[str, 
                 got=_some(found),
                 fix="the weights and config.json must come from the same checkpoint",
             )
+
+
+def _check_rows(model: VPTForConditionalGeneration, folder: Path) -> None:
+    """Every perception token has an embedding row; tokens that were just added may need new ones.
+
+    A published alignment checkpoint knows no calls yet: its tokenizer grows on loading.
+    """
+    perception = model.config.perception or {"ids": {}, "untrained": []}
+    rows = model.config.text_config.vocab_size
+    beyond = sorted(token for token, at in perception["ids"].items() if at >= rows)
+    if beyond and not perception["untrained"]:
+        raise CheckpointError(
+            "perception tokens have ids beyond the embedding rows",
+            where=folder,
+            got=_some(beyond),
+            expected=f"ids below {rows}",
+            fix="the tokenizer and the weights must come from the same checkpoint",
+        )
+    if beyond:
+        grow_embeddings(model, max(perception["ids"].values()) + 1)
 
 
 def _some(names: list[str]) -> str:

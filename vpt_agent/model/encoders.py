@@ -100,7 +100,7 @@ def _side(kind: PerceptionKind) -> int:
         raise UserError(
             "a kind with an encoder of its own needs a square number of visual tokens",
             where=f"the row of {kind.name!r}",
-            got=kind.visual_tokens,
+            got=repr(kind.visual_tokens),
         )
     return side
 

@@ -133,10 +133,10 @@ def initialise_fresh(
     """Rows for the new tokens, and the weights of encoders that were given.
 
     transformers has given the new parts their random weights. Embeddings grow only if the tokens
-    do not fit: added rows are the mean of the old ones plus noise of 1/sqrt(D), as published.
+    do not fit.
     """
     if fresh.tokens > model.config.text_config.vocab_size:
-        _grow(model, fresh.tokens)
+        grow_embeddings(model, fresh.tokens)
     for name, source in weights.items():
         target = model.encoder(name)
         if target is not None:
@@ -144,7 +144,11 @@ def initialise_fresh(
             target.load_state_dict(loaded.state_dict())
 
 
-def _grow(model: VPTForConditionalGeneration, tokens: int) -> None:
+def grow_embeddings(model: VPTForConditionalGeneration, tokens: int) -> None:
+    """Rows for ``tokens`` tokens, a multiple of 64; as published, for input and output alike.
+
+    Added rows are the mean of the old ones plus normal noise of deviation 1/sqrt(D).
+    """
     old = model.config.text_config.vocab_size
     model.resize_token_embeddings(
         tokens, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False

@@ -52,6 +52,20 @@ def published(
     return target
 
 
+def forget_tokens(path: Path, *, after: int) -> None:
+    """Take every token with an id above ``after`` out of the tokenizer's files."""
+    (path / "added_tokens.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((path / name).read_text())
+        if name == "tokenizer.json":
+            data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] <= after]
+        else:
+            data["added_tokens_decoder"] = {
+                k: v for k, v in data["added_tokens_decoder"].items() if int(k) <= after
+            }
+        (path / name).write_text(json.dumps(data))
+
+
 def golden_weights(variant: str) -> dict[str, Tensor]:
     """The weights of a golden checkpoint in float32, by published key."""
     return {k: v.float() for k, v in load_file(ROOT / variant / "model.safetensors").items()}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.model.directories import golden_weights, load, published
+from tests.unit.model.directories import forget_tokens, golden_weights, load, published
 from vpt_agent.errors import CheckpointError
 from vpt_agent.model import VPTConfig
 from vpt_agent.model.testing import tiny_model
@@ -107,6 +107,28 @@ def test_no_such_directory(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"not a checkpoint directory.*no config\.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_tokens_beyond_the_embedding_rows(tmp_path: Path, trained: bool) -> None:
+    """Tokens that were added on loading get rows; trained ones cannot be without."""
+    weights = golden_weights("clip_tied")
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name][: 411 if trained else 391].clone()
+    path = published(tmp_path, weights=weights, vocab_size=len(weights[name]))
+    if trained:
+        with pytest.raises(CheckpointError, match=r"ids beyond the embedding rows.*action_end"):
+            load(path)
+        return
+    forget_tokens(path, after=390)
+    data = json.loads((path / "config.json").read_text())
+    data["clip_action_id"] = data["clip_action_start_id"] = None
+    (path / "config.json").write_text(json.dumps(data))
+    model = load(path)
+    rows = model.model.embed_tokens.weight
+    assert rows.shape == (448, 64)
+    assert torch.equal(rows[:391], weights[name])
+    assert model.lm_head.weight is rows
 
 
 def test_config_that_is_no_json(tmp_path: Path) -> None:

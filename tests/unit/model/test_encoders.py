@@ -61,7 +61,7 @@ def test_rows_that_do_not_fit(kind: PerceptionKind, message: str) -> None:
 
 @pytest.mark.parametrize("tokens", [None, 15])
 def test_tokens_that_make_no_square(tokens: int | None) -> None:
-    with pytest.raises(UserError, match=rf"square number of visual tokens.*got: {tokens}|square"):
+    with pytest.raises(UserError, match=rf"square number of visual tokens.*got: {tokens}"):
         build_parts(row("dino", visual_tokens=tokens), SHAPES, 24, 1)
 
 
