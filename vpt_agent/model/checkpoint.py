@@ -8,6 +8,7 @@ become fresh VPT models. transformers loads the weights; here stands what it wou
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -213,7 +214,7 @@ def load_model(
     name: str | Path,
     *,
     config: VPTConfig | None,
-    scratch: FromScratch | None,
+    scratch: FromScratch,
     for_training: bool,
     **kwargs: Any,
 ) -> tuple[VPTForConditionalGeneration, Mapping[str, Any]]:
@@ -226,15 +227,14 @@ def load_model(
     """
     hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
     folder = find_checkpoint(name, subfolder=kwargs.pop("subfolder", ""), **hub)
-    plain = read_config(folder)["model_type"] in PLAIN_MODEL_TYPES
-    _check_request(folder, plain, scratch)
     fresh = None
-    if plain and scratch is not None:
+    if read_config(folder)["model_type"] in PLAIN_MODEL_TYPES:
+        _check_plain(folder, config, scratch)
         config, fresh = fresh_config(folder, scratch)
-    elif config is None:
-        config = VPTConfig.from_pretrained(folder, name_or_path=str(name))
-        if scratch is not None:
-            _check_kinds(config, scratch, folder)
+    else:
+        given = config or VPTConfig.from_pretrained(folder, name_or_path=str(name))
+        config = copy.deepcopy(given)
+        _check_kinds(config, scratch, folder)
     if for_training:
         config.wake_training_masks()
     else:
@@ -253,7 +253,7 @@ def load_model(
     # Renames are for reading: what is saved has the published names.
     vars(model).pop("_weight_conversions", None)
     _check_loaded(folder, info, allowed=() if fresh is None else fresh.parts)
-    if fresh is not None and scratch is not None:
+    if fresh is not None:
         initialise_fresh(model, fresh, scratch.weights or {})
     else:
         _check_rows(model, folder)
@@ -261,8 +261,14 @@ def load_model(
     return model, info
 
 
-def _check_request(folder: Path, plain: bool, scratch: FromScratch | None) -> None:
-    if plain and scratch is None:
+def _check_plain(folder: Path, config: VPTConfig | None, scratch: FromScratch) -> None:
+    if config is not None:
+        raise UserError(
+            "a plain Qwen2-VL gets its VPT config here, and takes none",
+            where=folder,
+            fix="pass encoders, controls and grid instead of config",
+        )
+    if scratch.encoders is None:
         raise CheckpointError(
             "this is a plain Qwen2-VL: it has no perception kinds",
             where=folder,
@@ -272,14 +278,29 @@ def _check_request(folder: Path, plain: bool, scratch: FromScratch | None) -> No
 
 
 def _check_kinds(config: VPTConfig, scratch: FromScratch, folder: Path) -> None:
-    has = [row.name for row in config.table.rows if row.kind.payload == "control"]
-    if sorted(has) != sorted(scratch.encoders):
-        raise UserError(
-            "this VPT checkpoint has other kinds than asked for",
-            where=folder,
-            got=f"encoders={list(scratch.encoders)}",
-            expected=f"encoders={has}, or leave it out",
-        )
+    """What is said about the kinds of a VPT checkpoint must be so."""
+    table = config.table
+    grids = [row.kind.grid for row in table.rows if row.kind.payload == "grid"]
+    has = {
+        "encoders": sorted(row.name for row in table.rows if row.kind.payload == "control"),
+        "controls": table.controls,
+        "grid": grids[0] if grids else None,
+        "encoder_weights": "its own",
+    }
+    said = {
+        "encoders": None if scratch.encoders is None else sorted(scratch.encoders),
+        "controls": scratch.controls,
+        "grid": scratch.grid,
+        "encoder_weights": scratch.weights,
+    }
+    for name, value in said.items():
+        if value is not None and value != has[name]:
+            raise UserError(
+                "this VPT checkpoint is another one than asked for",
+                where=folder,
+                got=f"{name}={value!r}",
+                expected=f"{name}={has[name]!r}, or nothing said about it",
+            )
 
 
 def _check_loaded(folder: Path, info: Mapping[str, Any], *, allowed: tuple[str, ...]) -> None:

@@ -28,11 +28,11 @@ EMBEDDING_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class FromScratch:
-    """How a plain Qwen2-VL becomes a VPT model; see ``from_pretrained``."""
+    """How a plain Qwen2-VL becomes a VPT model; see ``from_pretrained``. None is not said."""
 
-    encoders: tuple[str, ...]
-    controls: int = 1
-    grid: int = 8
+    encoders: tuple[str, ...] | None = None
+    controls: int | None = None
+    grid: int | None = None
     weights: Mapping[str, str | Path] | None = None
 
 
@@ -47,7 +47,11 @@ class Fresh:
 def fresh_config(folder: Path, wanted: FromScratch) -> tuple[VPTConfig, Fresh]:
     """The config that makes a VPT model of the plain Qwen2-VL in ``folder``."""
     data: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    table = PerceptionTable.published(wanted.encoders, grid=wanted.grid, controls=wanted.controls)
+    table = PerceptionTable.published(
+        wanted.encoders or (),
+        grid=8 if wanted.grid is None else wanted.grid,
+        controls=1 if wanted.controls is None else wanted.controls,
+    )
     tokenizer, _ = load_tokenizer(str(folder), table)
     vocabulary = tokenizer.get_vocab()
     kinds = [k for k in table.kinds if k.payload == "control"]

@@ -105,8 +105,8 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         config: VPTConfig | None = None,
         encoders: Iterable[str] | None = None,
         encoder_weights: Mapping[str, str | Path] | None = None,
-        controls: int = 1,
-        grid: int = 8,
+        controls: int | None = None,
+        grid: int | None = None,
         for_training: bool = False,
         device: str | torch.device | None = None,
         **kwargs: Any,
@@ -114,11 +114,11 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         """Load a published VPT checkpoint, one of ours, or a plain Qwen2-VL with ``encoders``.
 
         The name is a directory or a hub name. ``encoders`` (any of clip, dino, sam; may be empty)
-        makes a fresh VPT model of a plain Qwen2-VL: ``controls`` control tokens per call, ``grid``
-        cells a side, ``encoder_weights`` directories of DINOv2 and SAM models by kind, random
-        without. ``for_training`` puts the masks of a checkpoint's training into force; without it
-        they rest. ``device`` moves the model; ``dtype``, ``device_map`` and the rest go to
-        transformers. A missing, unexpected or misshapen tensor is a
+        makes a fresh VPT model of a plain Qwen2-VL: ``controls`` control tokens per call (1),
+        ``grid`` cells a side (8), ``encoder_weights`` directories of DINOv2 and SAM models by
+        kind, random without. ``for_training`` puts the masks of a checkpoint's training into
+        force; without it they rest. ``device`` moves the model; ``dtype``, ``device_map`` and the
+        rest go to transformers. A missing, unexpected or misshapen tensor is a
         :class:`~vpt_agent.errors.CheckpointError` that names it.
         """
         info: Mapping[str, Any] = {}
@@ -126,14 +126,12 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is None:  # a state dict in memory: transformers' business
             made = super().from_pretrained(None, *model_args, config=config, **kwargs)
         else:
-            scratch = None
-            if encoders is not None:
-                scratch = FromScratch(tuple(encoders), controls, grid, encoder_weights)
+            names = None if encoders is None else tuple(encoders)
             made, info = load_model(
                 super().from_pretrained,
                 pretrained_model_name_or_path,
                 config=config,
-                scratch=scratch,
+                scratch=FromScratch(names, controls, grid, encoder_weights),
                 for_training=for_training,
                 **kwargs,
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tests.parity.goldens import ROOT, VARIANTS, golden
+from tests.unit.model.batches import batch
 from tests.unit.model.directories import (
     assert_same_weights,
     forget_tokens,
@@ -209,6 +210,27 @@ def test_saved_in_shards_and_half_precision(tmp_path: Path) -> None:
     wide = load(tmp_path, device="cpu")
     assert wide.dtype == torch.float32
     assert not wide.training
+
+
+def test_a_given_config_is_left_as_it_is(tmp_path: Path) -> None:
+    model, _ = tiny_model(encoders=("clip",))
+    model.save_pretrained(tmp_path)
+    config = VPTConfig.from_pretrained(tmp_path)
+    config.para_mask_id, config.positions = 1, "published"
+    again = load(tmp_path, config=config)
+    assert (again.config.para_mask_id, again.config.positions) == (0, "published")
+    assert config.para_mask_id == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype: torch.dtype) -> None:
+    model, processor = tiny_model()
+    inputs = batch(model, processor, [("clip", "")], [("dino", ""), ("sam", "")])
+    with torch.no_grad():
+        full = model(**inputs)
+        half = model.to(dtype)(**inputs)
+    assert half.logits.dtype == torch.float32
+    assert float(half.loss) == pytest.approx(float(full.loss), rel=0.1)
 
 
 def test_device_map_and_the_loading_report(tmp_path: Path) -> None:

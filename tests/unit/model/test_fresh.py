@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.parity.goldens import ROOT
 from tests.unit.model.directories import assert_same_weights, load, plain_qwen
 from vpt_agent.errors import CheckpointError, UserError
-from vpt_agent.model import VPTProcessor
+from vpt_agent.model import VPTConfig, VPTProcessor
 from vpt_agent.model.published import PUBLISHED_ENCODERS
 
 
@@ -83,10 +83,22 @@ def test_unknown_encoder(tmp_path: Path) -> None:
         load(plain_qwen(tmp_path), encoders=["siglip"])
 
 
-def test_kinds_of_a_vpt_checkpoint_cannot_be_changed_in_passing() -> None:
-    assert load(ROOT / "clip_tied", encoders=["clip"]).table["clip"]
-    with pytest.raises(UserError, match=r"other kinds than asked for.*\['dino'\].*\['clip'\]"):
-        load(ROOT / "clip_tied", encoders=["dino"])
+def test_what_is_said_about_a_vpt_checkpoint_must_be_so() -> None:
+    path = ROOT / "clip_tied"
+    assert load(path, encoders=["clip"], controls=1, grid=8).table["clip"]
+    for said, has in (
+        ({"encoders": ["dino"]}, r"encoders=\['dino'\].*encoders=\['clip'\]"),
+        ({"controls": 2}, r"controls=2.*controls=1"),
+        ({"grid": 16}, r"grid=16.*grid=8"),
+        ({"encoder_weights": {"dino": path}}, r"encoder_weights=.*its own"),
+    ):
+        with pytest.raises(UserError, match=rf"another one than asked for.*{has}"):
+            load(path, **said)
+
+
+def test_a_plain_model_takes_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gets its VPT config here, and takes none"):
+        load(plain_qwen(tmp_path), encoders=[], config=VPTConfig())
 
 
 @pytest.mark.usefixtures("large_encoders_are_tiny")
