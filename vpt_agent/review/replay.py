@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vpt_agent.agent import PerceptionAgent
-from vpt_agent.errors import TraceError
-from vpt_agent.trace import RunStarted, Trace, record_from_trace
+from vpt_agent.agent import PerceptionAgent, Talk
+from vpt_agent.errors import TraceError, UserError
+from vpt_agent.trace import Decoded, RunFinished, RunStarted, Trace, record_from_trace
 from vpt_agent.types import Limits
 
 
@@ -50,58 +50,75 @@ class Replay:
 def replay(trace: Trace, agent: PerceptionAgent, *, into: Trace | None = None) -> Replay:
     """Ask everything that ``trace`` asked again, on ``agent``, and compare the records.
 
-    Questions of one conversation go on in one session, as they did. A sampled run without a seed
-    cannot be replayed: :class:`TraceError`.
+    Questions of one conversation go on in one session, as they did. A run that did not come to its
+    end (it failed, was stopped or killed) is compared up to where it came. The clock cannot be
+    repeated: a run that it ended decodes as many tokens as it did then. A sampled run without a
+    seed cannot be replayed: :class:`TraceError`.
     """
     started = [e for e in trace.events if isinstance(e, RunStarted)]
     if not started:
         raise TraceError("there is no run to replay", where=trace.directory)
+    ends = {e.run: e for e in trace.events if isinstance(e, RunFinished)}
     new = into or Trace(model=agent.abilities.to_dict())
     difference: Difference | None = None
-    chat = None
-    for event in started:
-        temperature = float(str(event.sampling.get("temperature", 0.0)))
-        if temperature > 0 and event.seed is None:
-            raise TraceError(
-                "this run was sampled without a seed, so it cannot be repeated",
-                where=event.run,
-                fix="record runs with seed=",
-            )
-        if chat is None or event.continues is None:
-            if chat is not None:
-                chat.close()
-            chat = agent.conversation(trace=new)
-        images = [trace.picture(view.blob) for view in event.views]
-        chat.ask(
-            event.question,
-            images or None,
-            tool_choice=event.tool_choice,
-            limits=_limits(event),
-            seed=event.seed,
-            temperature=temperature,
-            top_k=int(str(event.sampling.get("top_k", 0))),
-            top_p=float(str(event.sampling.get("top_p", 1.0))),
-        )
-        if difference is None:
-            difference = _compare(trace, event.run, new, new.runs[-1], agent)
-    if chat is not None:
-        chat.close()
+    chats: dict[str, Talk] = {}
+    try:
+        for event in started:
+            before = None if event.continues is None else chats.pop(event.continues, None)
+            chat = chats[event.run] = before or agent.conversation(trace=new)
+            end = ends.get(event.run)
+            whole = end is not None and end.status != "failed"
+            try:
+                _ask_again(chat, trace, event, end)
+            except UserError:
+                if whole:
+                    raise
+            if difference is None:
+                difference = _compare(trace, event.run, new, new.runs[-1], agent, whole=whole)
+            if not whole and before is not None and event.continues is not None:
+                # It was taken back: what it went on with can go on from there.
+                chats[event.continues] = before
+    finally:
+        for chat in chats.values():
+            chat.close()
     return Replay(new, difference)
 
 
-def _limits(event: RunStarted) -> Limits:
-    values = {k: v if k == "seconds" else int(v or 0) for k, v in event.limits.items()}
-    # The clock is not repeatable: a run that was cut by it is compared up to there.
-    values["seconds"] = None
-    return Limits(**values)  # type: ignore[arg-type]
+def _ask_again(chat: Talk, trace: Trace, event: RunStarted, end: RunFinished | None) -> None:
+    temperature = float(str(event.sampling.get("temperature", 0.0)))
+    if temperature > 0 and event.seed is None:
+        raise TraceError(
+            "this run was sampled without a seed, so it cannot be repeated",
+            where=event.run,
+            fix="record runs with seed=",
+        )
+    images = [trace.picture(view.blob) for view in event.views]
+    chat.ask(
+        event.question,
+        images or None,
+        tool_choice=event.tool_choice,
+        limits=_limits(trace, event, end),
+        seed=event.seed,
+        temperature=temperature,
+        top_k=int(str(event.sampling.get("top_k", 0))),
+        top_p=float(str(event.sampling.get("top_p", 1.0))),
+    )
+
+
+def _limits(trace: Trace, event: RunStarted, end: RunFinished | None) -> Limits:
+    values = {k: int(v or 0) for k, v in event.limits.items() if k != "seconds"}
+    if end is None or end.status == "failed" or end.limit == "seconds":
+        decoded = [e for e in trace.events if e.run == event.run and isinstance(e, Decoded)]
+        values["new_tokens"] = sum(len(e.removed_mass) for e in decoded)
+    return Limits(**values)
 
 
 def _compare(
-    old: Trace, old_run: str, new: Trace, new_run: str, agent: PerceptionAgent
+    old: Trace, old_run: str, new: Trace, new_run: str, agent: PerceptionAgent, *, whole: bool
 ) -> Difference | None:
     recorded = record_from_trace(old, old_run).ids
     replayed = record_from_trace(new, new_run).ids
-    for i in range(max(len(recorded), len(replayed))):
+    for i in range(max(len(recorded), len(replayed)) if whole else len(recorded)):
         was = recorded[i] if i < len(recorded) else None
         now = replayed[i] if i < len(replayed) else None
         if was != now:
