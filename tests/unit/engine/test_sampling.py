@@ -59,3 +59,34 @@ def test_top_k_and_top_p_cut_the_tail(sampling: Sampling, possible: set[int]) ->
 def test_impossible_settings_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": float("inf")}, "temperature must be 0"),
+        ({"temperature": "1"}, "temperature must be 0"),
+        ({"top_k": 2.5}, "top_k must be 0"),
+        ({"top_k": True}, "top_k must be 0"),
+        ({"top_p": float("nan")}, r"top_p must be in \(0, 1\]"),
+        ({"seed": "x"}, "the seed must be a whole number"),
+        ({"seed": 1.5}, "the seed must be a whole number"),
+        ({"seed": 2**70}, "the seed must be a whole number"),
+    ],
+)
+def test_what_is_no_setting_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e30])
+def test_any_temperature_gives_a_token(temperature: float) -> None:
+    token = Sampler(Sampling(temperature, seed=-3)).choose(LOGITS).token
+    assert token == 1 or temperature > 1
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    for sampling in (Sampling(), Sampling(1.0, seed=0)):
+        with pytest.raises(UserError, match="its logits are NaN"):
+            Sampler(sampling).choose(torch.tensor([1.0, float("nan"), 0.0]))
