@@ -7,7 +7,7 @@ happening, :meth:`~PerceptionAgent.run_batch` answers many together, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,7 +194,7 @@ class PerceptionAgent:
         *,
         trace: TraceTarget = None,
         **options: Any,
-    ) -> Iterator[StreamItem]:
+    ) -> Generator[StreamItem, None, None]:
         """As :meth:`run`, yielding trace events, tokens, and at the end :class:`AnswerReady`.
 
         Closing the iterator stops the run; what was done is in the trace.

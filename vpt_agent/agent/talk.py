@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +105,7 @@ class Talk:
         top_k: int = 0,
         top_p: float = 1.0,
         keep: bool = True,
-    ) -> Iterator[StreamItem]:
+    ) -> Generator[StreamItem, None, None]:
         """As :meth:`ask`, yielding what happens as it happens."""
         waiting: deque[StreamItem] = deque()
         answers: list[Answer] = []

@@ -6,12 +6,24 @@ named, with what stood before it.
 
 from __future__ import annotations
 
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from vpt_agent.agent import PerceptionAgent, Talk
 from vpt_agent.errors import TraceError, UserError
-from vpt_agent.trace import Decoded, RunFinished, RunStarted, Trace, record_from_trace
+from vpt_agent.trace import (
+    Decoded,
+    PerceptionAppended,
+    PromptRendered,
+    RunFinished,
+    RunStarted,
+    Trace,
+    record_from_trace,
+)
 from vpt_agent.types import Limits
+
+SPOKEN = (PromptRendered, Decoded, PerceptionAppended)
+"""The events that a record is made of."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +80,7 @@ def replay(trace: Trace, agent: PerceptionAgent, *, into: Trace | None = None) -
             chat = chats[event.run] = before or agent.conversation(trace=new)
             end = ends.get(event.run)
             whole = end is not None and end.status != "failed"
-            try:
-                _ask_again(chat, trace, event, end)
-            except UserError:
-                if whole:
-                    raise
+            _ask_again(chat, trace, event, end)
             if difference is None:
                 difference = _compare(trace, event.run, new, new.runs[-1], agent, whole=whole)
             if not whole and before is not None and event.continues is not None:
@@ -93,7 +101,7 @@ def _ask_again(chat: Talk, trace: Trace, event: RunStarted, end: RunFinished | N
             fix="record runs with seed=",
         )
     images = [trace.picture(view.blob) for view in event.views]
-    chat.ask(
+    stream = chat.stream(
         event.question,
         images or None,
         tool_choice=event.tool_choice,
@@ -103,11 +111,22 @@ def _ask_again(chat: Talk, trace: Trace, event: RunStarted, end: RunFinished | N
         top_k=int(str(event.sampling.get("top_k", 0))),
         top_p=float(str(event.sampling.get("top_p", 1.0))),
     )
+    if end is not None and end.status != "failed":
+        for _ in stream:
+            pass
+        return
+    # As far as it came then; closing takes the question back, as its failure did.
+    left = sum(e.run == event.run and isinstance(e, SPOKEN) for e in trace.events)
+    with closing(stream), suppress(UserError):
+        for item in stream if left else ():
+            left -= isinstance(item, SPOKEN)
+            if not left:
+                break
 
 
 def _limits(trace: Trace, event: RunStarted, end: RunFinished | None) -> Limits:
     values = {k: int(v or 0) for k, v in event.limits.items() if k != "seconds"}
-    if end is None or end.status == "failed" or end.limit == "seconds":
+    if end is not None and end.limit == "seconds":
         decoded = [e for e in trace.events if e.run == event.run and isinstance(e, Decoded)]
         values["new_tokens"] = sum(len(e.removed_mass) for e in decoded)
     return Limits(**values)
