@@ -154,10 +154,9 @@ def _warnings(abilities: Abilities, table: ResolvedTable, registry: ToolRegistry
             )
     for row in table.rows:
         if registry.find(row.kind.tool) is None:
-            found.append(
-                f"the model knows the kind {row.name}, but its tool {row.kind.tool} "
-                "is not registered"
-            )
+            errors = [f.error for f in registry.failed if f.name == row.kind.tool]
+            why = f"did not load ({errors[0]})" if errors else "is not registered"
+            found.append(f"the model knows the kind {row.name}, but its tool {row.kind.tool} {why}")
     now = registry.contracts()
     for name, trained in abilities.contracts.items():
         if name in now and now[name] != trained:

@@ -28,6 +28,7 @@ class Score:
     """Sums over scenes; :meth:`to_dict` gives shares and means."""
 
     scenes: int = 0
+    failed: int = 0
     exact: int = 0
     looked: int = 0
     localised: int = 0
@@ -41,6 +42,7 @@ class Score:
         n = max(1, self.scenes)
         return {
             "scenes": self.scenes,
+            "failed": self.failed / n,
             "exact_match": self.exact / n,
             "looked": self.looked / n,
             "tag_inside_crop": self.localised / n,
@@ -128,6 +130,7 @@ def evaluate_choices(
 def _count(score: Score, scene: Scene, answer: Answer) -> None:
     asked = scene.questions[0]
     score.scenes += 1
+    score.failed += answer.status == "failed"
     score.exact += answer.text == asked.answer
     crops = [v for r in answer.results for v in r.views]
     score.looked += bool(crops)

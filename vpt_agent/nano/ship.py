@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,28 +141,51 @@ def ship(trained: Path, out: Path, figures: dict[str, Any] | None = None) -> dic
         raise CheckpointError(
             "the model is too large to ship", got=count, expected=f"at most {MOST_PARAMETERS}"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.iterdir():
-        old.unlink()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    weights = out / "model.safetensors"
-    if weights.stat().st_size > MOST_BYTES:
-        raise CheckpointError(
-            "the weights are too large to ship",
-            got=weights.stat().st_size,
-            expected=f"at most {MOST_BYTES} bytes",
-        )
-    manifest = {
-        "parameters": count,
-        "bytes": weights.stat().st_size,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "table": TABLE.to_manifest(),
-        "figures": figures or {},
-    }
-    text = json.dumps(manifest, indent=1) + "\n"
-    (out / "manifest.json").write_text(text, encoding="utf-8")
+    check_target(out)
+    # Beside it first: what lies there stays until the new one is whole.
+    with tempfile.TemporaryDirectory(dir=_existing(out.parent)) as folder:
+        new = Path(folder) / "checkpoint"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        weights = new / "model.safetensors"
+        size = weights.stat().st_size
+        if size > MOST_BYTES:
+            raise CheckpointError(
+                "the weights are too large to ship",
+                got=size,
+                expected=f"at most {MOST_BYTES} bytes",
+            )
+        manifest = {
+            "parameters": count,
+            "bytes": size,
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "table": TABLE.to_manifest(),
+            "figures": figures or {},
+        }
+        text = json.dumps(manifest, indent=1) + "\n"
+        (new / "manifest.json").write_text(text, encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        new.replace(out)
     return manifest
+
+
+def check_target(out: Path) -> None:
+    """Raise :class:`CheckpointError` unless ``out`` is new, empty, or a checkpoint that
+    :func:`ship` wrote: nothing else is written over."""
+    if not out.exists() or (out / "manifest.json").is_file():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise CheckpointError(
+            "this is no place for a shipped checkpoint",
+            where=out,
+            expected="a new or empty directory, or a shipped checkpoint with its manifest.json",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vpt_agent.model.testing import tiny_model
 
 from vpt_agent.agent import PerceptionAgent, Question
+from vpt_agent.model.testing import tiny_model
 from vpt_agent.review import replay
 from vpt_agent.types import Limits
 
