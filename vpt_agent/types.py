@@ -157,9 +157,13 @@ class Limits:
             value = getattr(self, f.name)
             if value is None and f.name == "seconds":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            allowed = int | float if f.name == "seconds" else int
+            # Not `value < 0`: that is false for NaN too.
+            if isinstance(value, bool) or not isinstance(value, allowed) or not value >= 0:
                 raise UserError(
-                    "a limit must be a number, 0 or more", where=f"Limits.{f.name}", got=repr(value)
+                    "a limit must be a number, 0 or more (whole, but for seconds)",
+                    where=f"Limits.{f.name}",
+                    got=repr(value),
                 )
 
 

@@ -174,7 +174,8 @@ class PerceptionAgent:
         ``image``: path, bytes, PIL image or array, or a list of them. ``tool_choice``: ``auto``,
         ``none``, ``required`` or a tool's name. ``temperature`` 0 is greedy; otherwise ``seed``
         makes it reproducible. ``trace``: a new directory to write while running, or a
-        :class:`Trace`. What cannot be used is a :class:`UserError`; a limit is an outcome.
+        :class:`Trace`. What cannot be used is a :class:`UserError`; a limit is an outcome
+        (``context``, the model's longest sequence, is one too).
         """
         return self.conversation(image, trace=trace).ask(
             question,

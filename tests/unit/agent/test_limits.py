@@ -277,6 +277,16 @@ def _greedy():
     return Sampling()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"calls": float("nan")}, {"seconds": float("nan")}, {"rounds": 1.5}, {"pixels": -1},
+     {"retries": True}, {"new_tokens": "9"}, {"visual_tokens": None}],
+)  # fmt: skip
+def test_what_is_no_limit_is_refused(values: dict) -> None:
+    with pytest.raises(UserError, match="a limit must be a number, 0 or more"):
+        Limits(**values)
+
+
 # --- what users pass ----------------------------------------------------------------------
 
 
