@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,7 +25,9 @@ from vpt_agent.nano.conversation import (
     region_text,
 )
 from vpt_agent.nano.pool import Pixels, Pool, SceneRecord, TagRecord
+from vpt_agent.nano.tokenizer import token_id
 from vpt_agent.nano.views import MERGE, PATCH
+from vpt_agent.tokens.table import END_OF_TEXT
 
 Stage = Literal["tower", "read", "scenes", "baseline-global", "baseline-large"]
 # Height and width of the windows cut out of crops: characters at their true size, less emptiness.
@@ -111,15 +112,29 @@ def window(
     return out, [[x - left, y - top, rx, ry] for x, y, rx, ry in places.tolist()]
 
 
-@dataclass
 class _Images:
-    """Views of one batch; equal sizes are put together when it is closed."""
+    """Views of one batch with dense labels; equal sizes are put together when it is closed."""
 
-    views: list[Pixels] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.views: list[Pixels] = []
+        self._crop: list[Labels] = []
+        self._whole: list[Labels] = []
 
-    def add(self, view: Pixels) -> int:
+    def add(self, view: Pixels, crop: Labels | None = None, whole: Labels | None = None) -> int:
+        """Keep a view with its labels (patches, k), if any; returns its number."""
+        count = view.shape[0] * view.shape[1] // PATCH**2
         self.views.append(view)
+        self._crop.append(np.full((count, 4), -100) if crop is None else crop)
+        self._whole.append(np.full((count, 6), -100) if whole is None else whole)
         return len(self.views) - 1
+
+    def labels(self) -> dict[str, Tensor]:
+        """Dense labels of all patches in the order of the batch."""
+        both = {"crop_labels": self._crop, "whole_labels": self._whole}
+        return {
+            name: torch.from_numpy(np.concatenate([parts[i] for i in self.order()]))
+            for name, parts in both.items()
+        }
 
     def order(self) -> list[int]:
         """Views in the order of the batch: equal sizes together."""
@@ -167,6 +182,31 @@ def collate(images: _Images, items: list[tuple[Encoded, list[int]]], pad: int) -
     }
 
 
+def asked_tags(
+    batch: dict[str, Tensor], asked: list[tuple[TagRecord, SceneRecord, Pixels]], image: int
+) -> dict[str, Tensor]:
+    """Where each conversation should look in its first image.
+
+    `spot` (batch, length) is true on the visual tokens that lie on the asked tag, `asking`
+    (batch, length) from the end of the question to the last coordinate.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    spot = torch.zeros_like(ids, dtype=torch.bool)
+    asking = torch.zeros_like(spot)
+    for row, (tag, record, view) in enumerate(asked):
+        rows, columns = token_grid(view)
+        start = int((ids[row] == image).nonzero()[0])
+        learnt = int((labels[row] != -100).nonzero()[0])
+        sx, sy = columns / record.size[0], rows / record.size[1]
+        grid = torch.zeros(rows, columns, dtype=torch.bool)
+        left, right = int(tag.box[0] * sx + 0.25), int(tag.box[2] * sx + 0.75)
+        top, bottom = int(tag.box[1] * sy + 0.25), int(tag.box[3] * sy + 0.75)
+        grid[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+        spot[row, start : start + rows * columns] = grid.flatten()
+        asking[row, learnt - 3 : learnt + 4] = True
+    return {"spot": spot, "asking": asking}
+
+
 class StageBatches(IterableDataset[dict[str, Tensor]]):
     """Endless whole batches of a stage; batch number i depends only on the pool and i."""
 
@@ -192,13 +232,15 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
         rng = random.Random(f"{self.stage}-{number}")
         if self.stage == "tower":
             return self._tower(pool, rng)
-        if self.stage == "read":
-            return self._read(pool, rng, self.size)
+        # The model that looks also practises its two halves alone, at low cost.
+        if self.stage == "read" or (self.stage == "scenes" and number % 6 == 5):
+            return self._read(pool, rng, 64)
+        if self.stage == "scenes" and number % 3 == 1:
+            return self._localise(pool, rng, self.size // 2)
         return self._scenes(pool, rng)
 
     def _tower(self, pool: Pool, rng: random.Random) -> dict[str, Tensor]:
-        crops, wholes = _Images(), _Images()
-        labels: list[Labels] = []
+        images = _Images()
         for i in range(self.size):
             shard, record = rng.choice(pool.records)
             tag = rng.choice(record.tags)
@@ -207,51 +249,64 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
             if i >= self.size // 12:
                 # Enlarged characters are learnt much sooner, and help with the small ones.
                 view, chars = window(rng, view, tag, zoom=2.0 if i % 2 else 1.0)
-            crops.add(view)
-            labels.append(crop_labels(view, chars, tag.answer))
-        near, _ = crops.close()
-        whole: list[Labels] = []
+            images.add(view, crop_labels(view, chars, tag.answer))
         for _ in range(max(1, self.size // 8)):
             shard, record = rng.choice(pool.records)
             view = pool.view(shard, record.whole)
-            wholes.add(view)
-            whole.append(whole_labels(view, record))
-        far, _ = wholes.close()
-        return {
-            "patches": torch.cat((near["patches"], far["patches"])),
-            "grids": torch.cat((near["grids"], far["grids"])),
-            "crop_labels": torch.from_numpy(np.concatenate([labels[i] for i in crops.order()])),
-            "whole_labels": torch.from_numpy(np.concatenate([whole[i] for i in wholes.order()])),
-        }
+            images.add(view, whole=whole_labels(view, record))
+        tensors, _ = images.close()
+        return tensors | images.labels()
 
     def _crop_item(
-        self, pool: Pool, rng: random.Random, images: _Images, narrow: float, labels: list[Labels]
+        self, pool: Pool, rng: random.Random, images: _Images, narrow: float
     ) -> tuple[Encoded, list[int]]:
-        """A crop to be read, most often a narrow window of one; its labels go to `labels`."""
+        """A crop to be read, or a narrow window of one."""
         shard, record = rng.choice(pool.records)
         tag = rng.choice(record.tags)
         view, chars = pool.view(shard, tag.crop), tag.chars
         if rng.random() < narrow:
             view, chars = window(rng, view, tag, zoom=rng.choice((1.0, 1.5)))
-        labels.append(crop_labels(view, chars, tag.answer))
         pieces = [(crop_question_text(), False), (tag.answer + END, True)]
-        return self.encoder.encode(pieces, [token_grid(view)]), [images.add(view)]
+        place = images.add(view, crop_labels(view, chars, tag.answer))
+        return self.encoder.encode(pieces, [token_grid(view)]), [place]
 
     def _read(self, pool: Pool, rng: random.Random, size: int) -> dict[str, Tensor]:
         images = _Images()
-        labels: list[Labels] = []
-        items = [self._crop_item(pool, rng, images, 0.75, labels) for _ in range(size)]
-        ordered = np.concatenate([labels[i] for i in images.order()])
-        return collate(images, items, self._pad()) | {"crop_labels": torch.from_numpy(ordered)}
+        # Windows or entire crops, never both: the short rows would only be padded.
+        narrow = rng.random() < 0.8
+        share, count = (1.0, size) if narrow else (0.0, size // 2)
+        items = [self._crop_item(pool, rng, images, share) for _ in range(count)]
+        return collate(images, items, self._pad()) | images.labels()
+
+    def _localise(self, pool: Pool, rng: random.Random, scenes: int) -> dict[str, Tensor]:
+        """Only the first halves of looks: cheap, so that one batch asks for many regions."""
+        images = _Images()
+        items: list[tuple[Encoded, list[int]]] = []
+        asked: list[tuple[TagRecord, SceneRecord, Pixels]] = []
+        for _ in range(scenes):
+            shard, record = rng.choice(pool.records)
+            view = pool.view(shard, record.whole)
+            first = images.add(view, whole=whole_labels(view, record))
+            trigger = rng.random() < 0.5
+            for tag in rng.sample(record.tags, min(6, len(record.tags))):
+                asked.append((tag, record, view))
+                pieces = [
+                    (question_text(tag.question, trigger), False),
+                    (region_text(tag.cells) + END, True),
+                ]
+                items.append((self.encoder.encode(pieces, [token_grid(view)]), [first]))
+        batch = collate(images, items, self._pad()) | images.labels()
+        return batch | asked_tags(batch, asked, self.encoder.image)
 
     def _scenes(self, pool: Pool, rng: random.Random) -> dict[str, Tensor]:
         images = _Images()
         items: list[tuple[Encoded, list[int]]] = []
+        asked: list[tuple[TagRecord, SceneRecord, Pixels]] = []
         while len(items) < self.size:
             shard, record = rng.choice(pool.records)
             place = record.large if self.stage == "baseline-large" else record.whole
             view = pool.view(shard, place)
-            first = images.add(view)
+            first = images.add(view, whole=whole_labels(view, record))
             # Several questions share the work of one whole view.
             for tag in rng.sample(record.tags, min(4, len(record.tags))):
                 start = question_text(tag.question, rng.random() < 0.5)
@@ -260,6 +315,8 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
                     items.append((self.encoder.encode(pieces, [token_grid(view)]), [first]))
                     continue
                 crop = pool.view(shard, tag.crop)
+                second = images.add(crop, crop_labels(crop, tag.chars, tag.answer))
+                asked.append((tag, record, view))
                 pieces = [
                     (start, False),
                     (region_text(tag.cells) + END, True),
@@ -267,11 +324,11 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
                     (tag.answer + END, True),
                 ]
                 grids = [token_grid(view), token_grid(crop)]
-                items.append((self.encoder.encode(pieces, grids), [first, images.add(crop)]))
-        if self.stage == "scenes":
-            # A little plain reading keeps the cheap practice going.
-            items += [self._crop_item(pool, rng, images, 1.0, []) for _ in range(self.size // 4)]
-        return collate(images, items, self._pad())
+                items.append((self.encoder.encode(pieces, grids), [first, second]))
+        batch = collate(images, items, self._pad())
+        if self.stage != "scenes":
+            return batch
+        return batch | images.labels() | asked_tags(batch, asked, self.encoder.image)
 
     def _pad(self) -> int:
-        return int(self.encoder.tokenizer.convert_tokens_to_ids("<|endoftext|>"))  # type: ignore[arg-type]
+        return token_id(self.encoder.tokenizer, END_OF_TEXT)

@@ -8,29 +8,31 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vpt_agent.nano.tokenizer import SYSTEM, TRIGGER
+from vpt_agent.nano.tokenizer import KIND, SYSTEM, token_id
+from vpt_agent.tokens.table import IM_END, IM_START, IMAGE_PAD, VISION_END, VISION_START
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
 Ints = NDArray[np.int64]
-_ASK: Final = "<|vision_start|><|image_pad|><|vision_end|>"
-_HEAD: Final = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-_REPLY: Final = "<|im_start|>assistant\n"
-END: Final = "<|im_end|>"
-LOOK: Final = f"\n<|im_start|>user\n{_ASK}<|im_end|>\n{_REPLY}"
+_ASK: Final = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
+_HEAD: Final = f"{IM_START}system\n{SYSTEM}{IM_END}\n"
+_REPLY: Final = f"{IM_START}assistant\n"
+END: Final = IM_END
+LOOK: Final = f"\n{IM_START}user\n{_ASK}{IM_END}\n{_REPLY}"
 
 
 def question_text(question: str, trigger: bool) -> str:
     """Conversation up to the first reply."""
-    phrase = f"\n{TRIGGER}" if trigger else ""
-    return f"{_HEAD}<|im_start|>user\n{_ASK}\n{question}{phrase}<|im_end|>\n{_REPLY}"
+    phrase = f"\n{KIND.trigger}" if trigger else ""
+    return f"{_HEAD}{IM_START}user\n{_ASK}\n{question}{phrase}{IM_END}\n{_REPLY}"
 
 
 def region_text(cells: tuple[int, int, int, int]) -> str:
     """The action that asks for a region, given as inclusive grid cells."""
     x0, y0, x1, y1 = cells
-    return f"<|region_token_start|><|x_{x0}|><|y_{y0}|><|x_{x1}|><|y_{y1}|><|region_token_end|>"
+    corners = f"{KIND.x_token(x0)}{KIND.y_token(y0)}{KIND.x_token(x1)}{KIND.y_token(y1)}"
+    return f"{KIND.start}{corners}{KIND.end}"
 
 
 def crop_question_text() -> str:
@@ -52,7 +54,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.image = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))  # type: ignore[arg-type]
+        self.image = token_id(tokenizer, IMAGE_PAD)
         self._known: dict[str, list[int]] = {}
 
     def ids_of(self, text: str) -> list[int]:

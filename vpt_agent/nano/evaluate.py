@@ -23,8 +23,9 @@ from vpt_agent.nano.conversation import LOOK, Encoder, Ints, question_text
 from vpt_agent.nano.model import image_features, text_states
 from vpt_agent.nano.pool import LARGE_LONGEST, Pixels
 from vpt_agent.nano.scene import SceneQuestion, make_scene
-from vpt_agent.nano.tokenizer import build_tokenizer
+from vpt_agent.nano.tokenizer import KIND, build_tokenizer, token_id
 from vpt_agent.nano.views import CROP_LONGEST, GLOBAL_LONGEST, GRID, Box, crop_box, fit_view
+from vpt_agent.tokens.table import IM_END
 
 # Far above every seed of the training pool.
 FIRST_SEED: Final = 10_000_000
@@ -87,10 +88,9 @@ class Reader:
         self.model: Any = load_model(directory).eval()
         self.encoder = Encoder(build_tokenizer())
         tokenizer = self.encoder.tokenizer
-        self.end = int(tokenizer.convert_tokens_to_ids("<|im_end|>"))  # type: ignore[arg-type]
-        self.region = int(tokenizer.convert_tokens_to_ids("<|region_token_start|>"))  # type: ignore[arg-type]
-        first = ("<|x_0|>", "<|y_0|>")
-        self.x0, self.y0 = (int(tokenizer.convert_tokens_to_ids(t)) for t in first)  # type: ignore[arg-type]
+        self.end = token_id(tokenizer, IM_END)
+        self.region = token_id(tokenizer, KIND.start)
+        self.x0, self.y0 = (token_id(tokenizer, t) for t in (KIND.x_token(0), KIND.y_token(0)))
 
     def features(self, view: Pixels) -> Tensor:
         """Visual tokens (tokens, 192) of a uint8 RGB view."""
@@ -114,7 +114,7 @@ class Reader:
         embeds = embeds.masked_scatter(pads, torch.cat([f for t in talks for f in t.features]))
         last = torch.tensor([len(talk.ids) - 1 for talk in talks])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            states = text_states(text, embeds, positions)
+            states, _ = text_states(text, embeds, positions)
             logits = self.model.lm_head(states[torch.arange(len(talks)), last]).float()
         logits[:, banned] = -torch.inf
         return [int(i) for i in logits.argmax(-1)]

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vpt_agent.nano.tokenizer import token_id
 from vpt_agent.nano.views import MEAN, PATCH, STD
+from vpt_agent.tokens.table import (
+    END_OF_TEXT,
+    IM_END,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+)
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
 WIDTH = 192
 DEPTH = 4
 HEADS = 6
+# The heads that are shown where to look: the first key-value group of the third layer.
+LOOKING = 3
+LOOKING_LAYER = 2
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
@@ -23,7 +35,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     def token(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]
+        return token_id(tokenizer, name)
 
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -35,16 +47,17 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
         "max_position_embeddings": 4096,
         # Not 0.02: at this width the model then stays in a dead start for very long.
         "initializer_range": 0.06,
-        # A small base, because M-RoPE gives the width axis the slowest frequencies: with the
-        # usual million, neighbouring columns of an 8 x 8 view would look alike.
+        # Slow enough that height and width barely turn: what a visual token holds can then be
+        # matched wherever it lies, and where it lies is among what the tower puts into it. With
+        # a base of 10 localising stayed at chance.
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 10.0,
+            "rope_theta": 10000.0,
             "mrope_section": [4, 6, 6],
         },
         "bos_token_id": None,
-        "eos_token_id": token("<|im_end|>"),
-        "pad_token_id": token("<|endoftext|>"),
+        "eos_token_id": token(IM_END),
+        "pad_token_id": token(END_OF_TEXT),
     }
     vision: dict[str, Any] = {
         "depth": DEPTH,
@@ -57,17 +70,17 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     config = Qwen2VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=token(IMAGE_PAD),
+        video_token_id=token(VIDEO_PAD),
+        vision_start_token_id=token(VISION_START),
+        vision_end_token_id=token(VISION_END),
         tie_word_embeddings=True,
         initializer_range=0.06,
     )
     config._attn_implementation = "sdpa"
     model = Qwen2VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = token("<|im_end|>")
-    model.generation_config.pad_token_id = token("<|endoftext|>")
+    model.generation_config.eos_token_id = token(IM_END)
+    model.generation_config.pad_token_id = token(END_OF_TEXT)
     return model
 
 
@@ -102,8 +115,8 @@ def _runs(grids: Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def _mix(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Attention over (batch, heads, length, 32) with queries and keys already scaled.
+def _mix(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Result and weights of attention over (batch, heads, length, 32); q and k come scaled.
 
     Plain matrix products: for such short rows they train 1.4 times faster on a CPU than the
     fused kernel, whose backward pass is slow.
@@ -114,7 +127,8 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         if causal:
             length = scores.shape[-1]
             scores = scores + torch.full((length, length), -1e4, dtype=q.dtype).triu(1)
-        return scores.softmax(-1) @ v
+        weights = scores.softmax(-1)
+        return weights @ v, weights
 
 
 def _feed(mlp: Any, x: Tensor) -> Tensor:
@@ -147,7 +161,7 @@ def _attend(
     for (images, count), both, values in zip(runs, qk.split(sizes), v.split(sizes), strict=True):
         q, k = both.reshape(images, count, 2 * heads, -1).transpose(1, 2).chunk(2, dim=1)
         values = values.reshape(images, count, heads, -1).transpose(1, 2)
-        out = _mix(q, k, values, causal=False)
+        out, _ = _mix(q, k, values, causal=False)
         outputs.append(out.transpose(1, 2).reshape(images * count, -1))
     mixed: Tensor = attention.proj(torch.cat(outputs))
     return mixed
@@ -180,8 +194,10 @@ def image_features(visual: Any, patches: Tensor, grids: Tensor) -> Tensor:
     return merged
 
 
-def text_states(text: Any, x: Tensor, positions: Tensor) -> Tensor:
+def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Last hidden state (batch, length, 192) of the language model, as its own forward gives.
+
+    Also the attention weights (batch, 3, length, length) of each layer's first heads.
 
     `positions` is (3, batch, length). Padding must be on the right: under a causal mask it then
     needs no mask of its own. The rotary factors are kept in the narrow type, because mixing
@@ -189,6 +205,7 @@ def text_states(text: Any, x: Tensor, positions: Tensor) -> Tensor:
     """
     cos, sin = _halves(text.rotary_emb(x, positions), 2, _narrow(x))
     batch, length, _ = x.shape
+    looks: list[Tensor] = []
     for layer in text.layers:
         attention = layer.self_attn
         y = layer.input_layernorm(x)
@@ -200,15 +217,17 @@ def text_states(text: Any, x: Tensor, positions: Tensor) -> Tensor:
         groups = attention.num_key_value_groups
         k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = _mix(q, k, v, causal=True)
+        out, weights = _mix(q, k, v, causal=True)
+        looks.append(weights[:, :LOOKING])
         x = x + attention.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    states: Tensor = text.norm(x)
-    return states
+    return text.norm(x), looks
 
 
-def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Hidden states (batch, length, 192) of conversations, and of all patches of their images.
+def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Hidden states (batch, length, 192) of conversations, states of all patches of their
+
+    images (patches, 192), and attention weights as `text_states` gives them.
 
     `image_index` gives, for every image pad in reading order, its row among the features.
     """
@@ -220,25 +239,47 @@ def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     pads = (ids == model.config.image_token_id).unsqueeze(-1)
     chosen = features.float()[batch["image_index"]]
     embeds = embeds.masked_scatter(pads, chosen)
-    return text_states(core.language_model, embeds, batch["position_ids"]), patches
+    states, looks = text_states(core.language_model, embeds, batch["position_ids"])
+    return states, patches, looks
+
+
+def _pointing(weights: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
+    """Loss that makes some heads look at the asked tag while its cells are being said.
+
+    `weights` is (batch, heads, length, length); `asking` (batch, length) marks the tokens that
+    should look and `spot` (batch, length) the visual tokens on the tag. The generator knows
+    both; left to itself the match of a word and a place took longer than all other training.
+    """
+    on_tag = (weights.float() * batch["spot"][:, None, None, :]).sum(-1)
+    chosen = on_tag.transpose(1, 2)[batch["asking"]]
+    return -(chosen + 1e-4).log().mean(), float(chosen.mean())
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Next-token loss over the labelled tokens, and the share of them predicted right.
+    """Next-token loss over the labelled tokens, and the shares of right ones.
 
-    A model that still has a `dense` crop head also keeps naming the characters on patches.
+    With dense labels in the batch the model's `dense` heads go on naming patches: without
+    them localising stays at chance for very long after the crops of the reading stage.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states, patches = answer_states(model, batch)
+        states, patches, looks = answer_states(model, batch)
         targets = batch["labels"][:, 1:]
         chosen = targets != -100
         logits = model.lm_head(states[:, :-1][chosen]).float()
     loss = functional.cross_entropy(logits, targets[chosen])
-    metrics = {"token": float((logits.argmax(-1) == targets[chosen]).float().mean())}
+    right = (logits.argmax(-1) == targets[chosen]).float()
+    # Text comes first among the ids, then seven special tokens and three more pads, then the
+    # two region brackets and the coordinates.
+    first = model.config.text_config.pad_token_id
+    text, coordinate = targets[chosen] < first, targets[chosen] >= first + 12
+    metrics = {"answer": float(right[text].mean()), "region": float(right[coordinate].mean())}
     if "crop_labels" in batch:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            dense, found = model.dense(patches, batch["crop_labels"])
-        loss, metrics = loss + 0.1 * dense, metrics | found
+            near, far, found = model.dense(patches, batch)
+        loss, metrics = loss + 0.1 * near + 0.5 * far, metrics | found
+    if "asking" in batch:
+        pointing, metrics["pointing"] = _pointing(looks[LOOKING_LAYER], batch)
+        loss = loss + pointing
     return loss, metrics
 
 
@@ -253,58 +294,66 @@ def _dense_loss(
     metrics: dict[str, float] = {}
     parts = logits.float().split(widths, dim=-1)
     for name, part, target in zip(names, parts, labels.T, strict=True):
-        if target.numel() == 0:
+        if not bool((target != -100).any()):
             continue
         # Most patches are empty: class 0 counts a tenth where it means "no tag".
         weight = torch.ones(part.shape[-1])
         if name in _ZERO_IS_EMPTY:
             weight[0] = 0.1
         # Characters are by far the slowest to come, and the others would drown them.
-        share = 4.0 if name == "char" else 0.3
+        share = {"char": 4.0, "shape": 1.0}.get(name, 0.3)
         loss = loss + share * functional.cross_entropy(part, target, weight, ignore_index=-100)
         real = target > (0 if name in _ZERO_IS_EMPTY else -1)
         metrics[name] = float((part.argmax(-1) == target)[real].float().mean())
     return loss, metrics
 
 
-class CropHead(nn.Module):
-    """Throw-away head: character and its place in the string at each half of a crop's patch."""
+class DenseHeads(nn.Module):
+    """Throw-away linear heads that name what each patch lies on.
 
-    NAMES = ("char", "slot", "char", "slot")
-    WIDTHS = (33, 7, 33, 7)
+    For a patch of a crop: the character and its place in the string, at its left and its right
+    half. For a patch of a whole scene: the tag's colour, shape and four grid coordinates.
+    """
+
+    CROP = ("char", "slot", "char", "slot")
+    CROP_WIDTHS = (33, 7, 33, 7)
+    WHOLE = ("colour", "shape", "x0", "y0", "x1", "y1")
+    WHOLE_WIDTHS = (11, 6, 16, 16, 16, 16)
 
     def __init__(self) -> None:
         super().__init__()
-        self.crop_head = nn.Linear(WIDTH, sum(self.WIDTHS))
         self.norm = nn.LayerNorm(WIDTH)
+        self.crop_head = nn.Linear(WIDTH, sum(self.CROP_WIDTHS))
+        self.whole_head = nn.Linear(WIDTH, sum(self.WHOLE_WIDTHS))
 
-    def forward(self, states: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss and metrics for tower states (patches, 192) and labels (patches, 4)."""
-        return _dense_loss(self.NAMES, self.crop_head(self.norm(states)), self.WIDTHS, labels)
+    def forward(
+        self, states: Tensor, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Loss on crops, loss on whole scenes and shares of right labels.
+
+        `states` is (patches, 192); a label of -100 in the batch is no label.
+        """
+        x = self.norm(states)
+        near, metrics = _dense_loss(
+            self.CROP, self.crop_head(x), self.CROP_WIDTHS, batch["crop_labels"]
+        )
+        far, more = _dense_loss(
+            self.WHOLE, self.whole_head(x), self.WHOLE_WIDTHS, batch["whole_labels"]
+        )
+        return near, far, metrics | more
 
 
 class DenseTower(nn.Module):
-    """The vision tower with the throw-away heads of the first stage.
-
-    Per patch of a crop: see `CropHead`. Per patch of a whole scene: the colour and shape of the
-    tag it lies on and the tag's four grid coordinates.
-    """
-
-    NAMES = ("colour", "shape", "x0", "y0", "x1", "y1")
-    WIDTHS = (11, 6, 16, 16, 16, 16)
+    """The vision tower with the throw-away heads of the first stage."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
-        self.crop = CropHead()
-        self.whole_head = nn.Linear(WIDTH, sum(self.WIDTHS))
+        self.dense = DenseHeads()
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Loss and shares of right labels; crops come before whole scenes in the batch."""
+        """Loss and shares of right labels."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            x = tower_states(self.visual, batch["patches"], batch["grids"])
-            crops = batch["crop_labels"].shape[0]
-            loss, metrics = self.crop(x[:crops], batch["crop_labels"])
-            logits = self.whole_head(self.crop.norm(x[crops:]))
-        far, more = _dense_loss(self.NAMES, logits, self.WIDTHS, batch["whole_labels"])
-        return loss + far, metrics | more
+            states = tower_states(self.visual, batch["patches"], batch["grids"])
+            near, far, metrics = self.dense(states, batch)
+        return near + far, metrics

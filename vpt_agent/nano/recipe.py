@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-STAGE_NAMES = ("pool", "tower", "read", "scenes", "baseline-global", "baseline-large", "eval")
+STAGE_NAMES = (
+    "pool",
+    "tower",
+    "read",
+    "localise",
+    "scenes",
+    "baseline-global",
+    "baseline-large",
+    "eval",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop early and write a checkpoint")
     parser.add_argument("--samples", type=int, help="length of the stage, or scenes to evaluate")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads for the stage")
     parser.add_argument("--shards", type=int, default=120, help="pool size in hundreds of scenes")
     options = parser.parse_args(arguments)
     if options.stage == "pool":
@@ -29,7 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         from vpt_agent.nano.train import train_stage
 
-        train_stage(options.stage, options.out, options.minutes, options.resume, options.samples)
+        train_stage(
+            options.stage,
+            options.out,
+            options.minutes,
+            options.resume,
+            options.samples,
+            options.threads,
+        )
 
 
 if __name__ == "__main__":

@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from vpt_agent.nano.questions import every_text
 from vpt_agent.nano.views import GRID
+from vpt_agent.tokens.table import (
+    CLIP,
+    DINO,
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    REGION,
+    SAM,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+)
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
-TRIGGER: Final = (
-    "Identify the region that can help you answer the question, and then answer the question."
-)
+# The region kind on this model's finer grid; the other kinds only lend their spellings.
+KIND: Final = replace(REGION, grid=GRID)
 SYSTEM: Final = "You are a helpful assistant."
 QWEN_SPECIAL: Final = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    END_OF_TEXT,
+    IM_START,
+    IM_END,
+    VISION_START,
+    VISION_END,
+    IMAGE_PAD,
+    VIDEO_PAD,
 )
-PAD_SPECIAL: Final = ("<|clip_image_pad|>", "<|detection_image_pad|>", "<|seg_image_pad|>")
-REGION_TOKENS: Final = (
-    "<|region_token_start|>",
-    "<|region_token_end|>",
-    *(f"<|x_{i}|>" for i in range(GRID)),
-    *(f"<|y_{i}|>" for i in range(GRID)),
-)
+PAD_SPECIAL: Final = tuple(kind.placeholder for kind in (CLIP, DINO, SAM))
+REGION_TOKENS: Final = (KIND.start, KIND.end, *KIND.grid_tokens)
 ACTION_TOKENS: Final = tuple(
-    f"<|{kind}_action{end}|>"
-    for kind in ("clip", "detection", "seg")
-    for end in ("_start", "", "_end")
+    part or "" for kind in (CLIP, DINO, SAM) for part in (kind.start, kind.control, kind.end)
 )
 _MERGED_VOCAB: Final = 480
 
 
+def token_id(tokenizer: Qwen2Tokenizer, token: str) -> int:
+    """Id of one token."""
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
 def corpus() -> list[str]:
     """Training text for the merges: lower case only, so that answers never merge."""
-    texts = [*every_text(), *[TRIGGER, SYSTEM, "system\nuser\nassistant\n"] * 600]
+    texts = [*every_text(), *[KIND.trigger, SYSTEM, "system\nuser\nassistant\n"] * 600]
     return [text.lower() for text in texts]
 
 
@@ -74,8 +85,8 @@ def build_tokenizer(texts: Sequence[str] | None = None) -> Qwen2Tokenizer:
         vocab=vocab,
         merges=merges,
         unk_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token=IM_END,
+        pad_token=END_OF_TEXT,
     )
     special = [AddedToken(t, special=True, normalized=False) for t in (*QWEN_SPECIAL, *PAD_SPECIAL)]
     plain = [

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vpt_agent.nano.batches import Stage, StageBatches
 from vpt_agent.nano.conversation import Encoder
-from vpt_agent.nano.model import CropHead, DenseTower, answer_loss, build_model
+from vpt_agent.nano.model import DenseHeads, DenseTower, answer_loss, build_model
 from vpt_agent.nano.tokenizer import build_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
 
 SEED: Final = 7
 
@@ -40,9 +37,9 @@ class StageConfig:
 STAGES: Final[dict[Stage, StageConfig]] = {
     "tower": StageConfig(96, 96_000, 1e-3),
     "read": StageConfig(64, 110_000, 1e-3),
-    "scenes": StageConfig(32, 60_000, 8e-4),
-    "baseline-global": StageConfig(32, 60_000, 8e-4),
-    "baseline-large": StageConfig(32, 60_000, 8e-4),
+    "scenes": StageConfig(16, 64_000, 7e-4),
+    "baseline-global": StageConfig(32, 64_000, 7e-4),
+    "baseline-large": StageConfig(32, 64_000, 7e-4),
 }
 
 
@@ -68,6 +65,9 @@ class _StageTrainer(Trainer):
             if value == value:
                 self.metrics.setdefault(name, []).append(value)
         return (loss, {}) if return_outputs else loss
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `_continued` has loaded the weights."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the collected metrics to a log line."""
@@ -117,17 +117,16 @@ class _Progress(TrainerCallback):
             file.write(text + "\n")
 
 
-def load_model(directory: Path) -> Qwen2VLForConditionalGeneration:
-    """A saved nano model in float32."""
+def load_model(directory: Path) -> Any:
+    """A saved nano model (Qwen2VLForConditionalGeneration) in float32."""
     from transformers import Qwen2VLForConditionalGeneration
 
-    loaded: Qwen2VLForConditionalGeneration = Qwen2VLForConditionalGeneration.from_pretrained(
+    return Qwen2VLForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
-    return loaded
 
 
-def _start(stage: Stage, out: Path) -> nn.Module:
+def _start(stage: Stage, out: Path) -> Any:
     """The stage's model before its first step: each stage begins with the previous one's."""
     tokenizer = build_tokenizer()
     torch.manual_seed(SEED)
@@ -138,11 +137,35 @@ def _start(stage: Stage, out: Path) -> nn.Module:
         state = load_file(out / "tower" / "tower.safetensors")
         visual = {k.removeprefix("visual."): v for k, v in state.items() if "visual." in k}
         model.model.visual.load_state_dict(visual)
-        model.dense = CropHead()
-        head = {k.removeprefix("crop."): v for k, v in state.items() if k.startswith("crop.")}
-        model.dense.load_state_dict(head)
-        return model
-    return load_model(out / "read")
+        return _with_head(model, state, "dense.")
+    model = load_model(out / "read")
+    if stage == "scenes":
+        return _with_head(model, load_file(out / "read" / "dense.safetensors"), "")
+    return model
+
+
+def _with_head(model: Any, state: dict[str, Tensor], prefix: str) -> Any:
+    """Add the dense heads whose weights have this prefix in `state`."""
+    model.dense = DenseHeads()
+    head = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    model.dense.load_state_dict(head)
+    return model
+
+
+def _continued(stage: Stage, checkpoint: Path) -> Any:
+    """The model of a checkpoint.
+
+    Not left to Trainer: it writes Qwen2-VL weights under the published names and then looks for
+    the module's own, so that it would go on from fresh weights with no more than a warning.
+    """
+    if stage == "tower":
+        tower = DenseTower(build_model(build_tokenizer()).model.visual)
+        tower.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        return tower
+    model = load_model(checkpoint)
+    if stage in ("read", "scenes"):
+        return _with_head(model, load_file(checkpoint / "model.safetensors"), "dense.")
+    return model
 
 
 def _export(model: nn.Module, directory: Path) -> None:
@@ -157,6 +180,8 @@ def _export(model: nn.Module, directory: Path) -> None:
             if not k.startswith("dense.")
         }
         core.save_pretrained(directory, state_dict=state)
+        if hasattr(core, "dense"):
+            save_file(core.dense.state_dict(), directory / "dense.safetensors")
         build_tokenizer().save_pretrained(directory)
 
 
@@ -166,18 +191,20 @@ def train_stage(
     minutes: float | None = None,
     resume: bool = False,
     samples: int | None = None,
+    threads: int = 2,
 ) -> None:
     """Train a stage into `out/STAGE`, from drawn scenes in `out/pool`.
 
     `minutes` stops early with a checkpoint that `resume` continues; `samples` replaces the
-    length of the schedule.
+    length of the schedule. On a shared machine two stages with one of the `threads` each are
+    faster than one after the other with two, since threads wait for each other.
     """
     config = STAGES[stage]
     directory = out / stage
     directory.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
-    model = _start(stage, out)
+    torch.set_num_threads(threads)
     last = get_last_checkpoint(str(directory)) if resume else None
+    model = _continued(stage, Path(last)) if last else _start(stage, out)
     done = int(last.rsplit("-", 1)[1]) if last else 0
     steps = (samples or config.samples) // config.batch
     arguments = TrainingArguments(
@@ -198,6 +225,8 @@ def train_stage(
         save_steps=200,
         save_total_limit=1,
         remove_unused_columns=False,
+        # Otherwise accelerate cuts every tensor of a batch to the length of the first.
+        accelerator_config={"dispatch_batches": False},
         ignore_data_skip=True,
         report_to=[],
         disable_tqdm=True,

@@ -66,7 +66,8 @@ def patches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     Same order and values as transformers' Qwen2-VL image processor: 2 x 2 blocks of patches
     together, each patch as (channel, frame, row, column) with the one frame given twice.
     """
-    return batch_patches(pixels[None])[0]
+    values: NDArray[np.float32] = batch_patches(pixels[None])[0]
+    return values
 
 
 def batch_patches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

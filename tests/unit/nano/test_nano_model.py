@@ -70,7 +70,7 @@ def test_batched_forward_is_qwen2vl() -> None:
         encoded = Encoder(tokenizer).encode([(text, False)], [(8, 8)])
         embeds = torch.randn(1, len(encoded.ids), 192)
         positions = torch.from_numpy(encoded.positions)[:, None]
-        mine = text_states(model.model.language_model, embeds, positions)
+        mine, _ = text_states(model.model.language_model, embeds, positions)
         plain = model.model.language_model(
             inputs_embeds=embeds, position_ids=positions, use_cache=False
         ).last_hidden_state
