@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
@@ -75,9 +76,17 @@ class MapProjector(Projector):
     def features(self, encoded: Tensor) -> Tensor:
         """Features [V, D] of ``encoded`` [W, H, H], row by row."""
         normed = self.layernorm_feature(encoded.permute(1, 2, 0))  # [H, H, W]
-        tokens = self.conv_feature(normed.permute(2, 0, 1)[None])  # [1, D, side, side]
-        result: Tensor = tokens[0].flatten(1).T  # [V, D]
-        return result
+        if normed.dtype == torch.float32:
+            tokens = self.conv_feature(normed.permute(2, 0, 1)[None])  # [1, D, side, side]
+            result: Tensor = tokens[0].flatten(1).T  # [V, D]
+            return result
+        # Kernel and stride are equal, so the convolution is a product over patches. Written as
+        # one: torch's bfloat16 convolution on CPUs is wrong for some small channel counts.
+        weight, (step, _) = self.conv_feature.weight, self.conv_feature.stride
+        rows, columns, channels = normed.shape
+        patches = normed.view(rows // step, step, columns // step, step, channels)
+        flat = patches.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)  # [V, W * s * s]
+        return functional.linear(flat, weight.flatten(1), self.conv_feature.bias)  # [V, D]
 
 
 @dataclass(frozen=True)

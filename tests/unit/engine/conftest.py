@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vpt_agent.model.testing import tiny_model
 
 from vpt_agent.engine.core import Engine
 from vpt_agent.engine.parts import Part, Tokens, Unconditioned, Visual
+from vpt_agent.model.testing import tiny_model
 from vpt_agent.types import Box, View
 from vpt_agent.vision.policy import ImagePolicy
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vpt_agent.model.testing import tiny_model
 
 from tests.unit.engine.conftest import ENCODERS, KINDS, Kit, make_kit
 from tests.unit.engine.test_cache_contract import single
@@ -18,6 +17,7 @@ from vpt_agent.engine.parts import Part, Tokens
 from vpt_agent.engine.sampling import Sampler, Sampling
 from vpt_agent.engine.session import Session
 from vpt_agent.errors import UserError
+from vpt_agent.model.testing import tiny_model
 from vpt_agent.tokens.grammar import Grammar
 from vpt_agent.vision.policy import ImagePolicy
 
