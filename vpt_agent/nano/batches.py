@@ -235,7 +235,7 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
         # The model that looks also practises its two halves alone, at low cost.
         if self.stage == "read" or (self.stage == "scenes" and number % 6 == 5):
             return self._read(pool, rng, 64)
-        if self.stage == "scenes" and number % 3 == 1:
+        if self.stage == "scenes" and number % 2 == 1:
             return self._localise(pool, rng, self.size // 2)
         return self._scenes(pool, rng)
 
@@ -288,7 +288,11 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
             view = pool.view(shard, record.whole)
             first = images.add(view, whole=whole_labels(view, record))
             trigger = rng.random() < 0.5
-            for tag in rng.sample(record.tags, min(6, len(record.tags))):
+            # Questions that name a colour alone are learnt last, so they are asked more often.
+            plain = [t for t in record.tags if not any(s in t.question for s in SHAPES)]
+            named = [t for t in plain if any(f" {c} " in t.question for c in COLOURS)]
+            tags = named if named and rng.random() < 0.5 else record.tags
+            for tag in rng.sample(tags, min(6, len(tags))):
                 asked.append((tag, record, view))
                 pieces = [
                     (question_text(tag.question, trigger), False),
