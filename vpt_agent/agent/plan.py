@@ -11,7 +11,7 @@ from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.tokens.grid import RegionPolicy
-from vpt_agent.tokens.table import ResolvedTable
+from vpt_agent.tokens.table import PUBLISHED, ResolvedTable
 from vpt_agent.tool import ToolRegistry
 from vpt_agent.types import Limits, View
 
@@ -146,7 +146,7 @@ def _warnings(abilities: Abilities, table: ResolvedTable, registry: ToolRegistry
     if abilities.domain:
         found.append(abilities.domain)
     spoken = {r.kind.tool for r in table.rows}
-    shipped = {"crop_region", "reencode_clip", "reencode_dino", "reencode_sam"}
+    shipped = {kind.tool for kind in PUBLISHED.values()}
     for tool in registry:
         if tool.name not in spoken and tool.name not in shipped:
             found.append(

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from vpt_agent.engine.parts import Look, Looked
 from vpt_agent.kernels import kernel_name
-from vpt_agent.tokens.table import PerceptionKind
 from vpt_agent.types import View
-from vpt_agent.vision.encoders import dino_pixels, sam_pixels
+from vpt_agent.vision.encoders import encoder_pixels
 from vpt_agent.vision.patches import look as look_at
 from vpt_agent.vision.patches import pixels_of
 from vpt_agent.vision.policy import ImagePolicy
@@ -118,17 +117,12 @@ class FeatureStore:
                 for t, g in zip(tokens, grid, strict=True)
             ]
         kind = self.model.table[source].kind
-        pixels = torch.stack([self._pixels(kind, v) for v in views]).to(self.device)
+        pixels = torch.stack([encoder_pixels(kind, v, self.policy) for v in views])
         names = (kernel_name("pixels", pixels_of(views[0])),)
-        return [_Entry(_own(t), None, names) for t in self.model.encode(source, pixels=pixels)]
-
-    def _pixels(self, kind: PerceptionKind, view: View) -> Tensor:
-        """Encoder input [3, side, side] of a view."""
-        make = {"dino": dino_pixels, "sam": sam_pixels}[kind.encoder]
-        policy = self.policy if self.policy.kind == "published" else None
-        if kind.input_size is None:
-            return make(view, policy)
-        return make(view, policy, size=kind.input_size)
+        return [
+            _Entry(_own(t), None, names)
+            for t in self.model.encode(source, pixels=pixels.to(self.device))
+        ]
 
 
 def _own(tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ expect one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from vpt_agent.tokens.table import (
     PerceptionTable,
 )
 from vpt_agent.types import View
-from vpt_agent.vision.encoders import dino_pixels, sam_pixels
+from vpt_agent.vision.encoders import encoder_pixels
 from vpt_agent.vision.images import Source, load_views
 from vpt_agent.vision.patches import look
 from vpt_agent.vision.policy import ImagePolicy
@@ -187,12 +187,9 @@ class VPTProcessor(ProcessorMixin):
         prefix = kind.config_prefix
         if kind.encoder == "base":
             return self._base(views, f"{prefix}_pixel_values", f"{prefix}_images_grid_thw", data)
-        policy = self.policy if self.policy.kind == "published" else None
-        make: dict[str, Callable[..., Tensor]] = {"dino": dino_pixels, "sam": sam_pixels}
         if views:
-            data[f"{prefix}_images"] = torch.stack(
-                [make[kind.encoder](v, policy, size=kind.input_size) for v in views]
-            )
+            pixels = [encoder_pixels(kind, v, self.policy) for v in views]
+            data[f"{prefix}_images"] = torch.stack(pixels)
         return iter([kind.visual_tokens or 0] * len(views))
 
     def _widen(self, text: str, counts: Mapping[str, Iterator[int]]) -> str:

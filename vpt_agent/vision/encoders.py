@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from vpt_agent import kernels
+from vpt_agent.tokens.table import PerceptionKind
 from vpt_agent.types import View
 from vpt_agent.vision.patches import pixels_of
 from vpt_agent.vision.policy import ImagePolicy, Size, limit_aspect, published_stages
@@ -75,3 +78,22 @@ def sam_pixels(view: View, policy: ImagePolicy | None = None, *, size: int = 102
         canvas=(size, size),
         bilinear=True,
     )
+
+
+ENCODER_PIXELS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "dino": dino_pixels,
+    "sam": sam_pixels,
+}
+"""Input of each encoder besides the base tower, by the name that a kind's row gives it."""
+
+
+def encoder_pixels(kind: PerceptionKind, view: View, policy: ImagePolicy) -> torch.Tensor:
+    """The input [3, size, size] of a re-encoding kind's own encoder, float32.
+
+    The size is the row's. Only the ``published`` policy resizes the picture beforehand.
+    """
+    made = policy if policy.kind == "published" else None
+    make = ENCODER_PIXELS[kind.encoder]
+    if kind.input_size is None:
+        return make(view, made)
+    return make(view, made, size=kind.input_size)
