@@ -9,8 +9,19 @@ from vpt_agent.data.encode import (
     infer_seqlen,
     labels_of,
 )
+from vpt_agent.data.mixture import Mixture
 from vpt_agent.data.pictures import row_views
-from vpt_agent.data.rows import ImageRef, Message, Row, Rules, parse_image_path, read_row
+from vpt_agent.data.rows import (
+    ImageRef,
+    Message,
+    Problem,
+    Row,
+    RowError,
+    Rules,
+    parse_image_path,
+    read_row,
+    row_json,
+)
 
 __all__ = [
     "IGNORED",
@@ -19,12 +30,16 @@ __all__ = [
     "GenerationPrompt",
     "ImageRef",
     "Message",
+    "Mixture",
+    "Problem",
     "Row",
     "RowEncoder",
+    "RowError",
     "Rules",
     "infer_seqlen",
     "labels_of",
     "parse_image_path",
     "read_row",
+    "row_json",
     "row_views",
 ]
