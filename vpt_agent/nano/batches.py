@@ -25,13 +25,14 @@ from vpt_agent.nano.conversation import (
     region_text,
 )
 from vpt_agent.nano.pool import Pixels, Pool, SceneRecord, TagRecord
+from vpt_agent.nano.questions import every_name
 from vpt_agent.nano.tokenizer import token_id
 from vpt_agent.nano.views import MERGE, PATCH
 from vpt_agent.tokens.table import END_OF_TEXT
 
 Stage = Literal["tower", "read", "scenes", "baseline-global", "baseline-large"]
 # Height and width of the windows cut out of crops: characters at their true size, less emptiness.
-WINDOW: Final = (84, 168)
+WINDOW: Final = (84, 196)
 _COLOUR_INDEX: Final = {name: i + 1 for i, name in enumerate(COLOURS)}
 _SHAPE_INDEX: Final = {name: i + 1 for i, name in enumerate(SHAPES)}
 Labels = NDArray[np.int64]
@@ -183,19 +184,23 @@ def collate(images: _Images, items: list[tuple[Encoded, list[int]]], pad: int) -
 
 
 def asked_tags(
-    batch: dict[str, Tensor], asked: list[tuple[TagRecord, SceneRecord, Pixels]], image: int
+    batch: dict[str, Tensor],
+    asked: list[tuple[TagRecord, SceneRecord, Pixels]],
+    encoder: Encoder,
 ) -> dict[str, Tensor]:
     """Where each conversation should look in its first image.
 
     `spot` (batch, length) is true on the visual tokens that lie on the asked tag, `asking`
-    (batch, length) from the end of the question to the last coordinate.
+    (batch, length) from the last word that names the tag to the last coordinate. That word's
+    own token has to look too: it knows what to look for without having it carried there.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     spot = torch.zeros_like(ids, dtype=torch.bool)
     asking = torch.zeros_like(spot)
+    names = torch.tensor(sorted({encoder.ids_of(f" {word}")[-1] for word in every_name()}))
     for row, (tag, record, view) in enumerate(asked):
         rows, columns = token_grid(view)
-        start = int((ids[row] == image).nonzero()[0])
+        start = int((ids[row] == encoder.image).nonzero()[0])
         learnt = int((labels[row] != -100).nonzero()[0])
         sx, sy = columns / record.size[0], rows / record.size[1]
         grid = torch.zeros(rows, columns, dtype=torch.bool)
@@ -203,8 +208,10 @@ def asked_tags(
         top, bottom = int(tag.box[1] * sy + 0.25), int(tag.box[3] * sy + 0.75)
         grid[top : max(bottom, top + 1), left : max(right, left + 1)] = True
         spot[row, start : start + rows * columns] = grid.flatten()
-        asking[row, learnt - 3 : learnt + 4] = True
-    return {"spot": spot, "asking": asking}
+        named = int(torch.isin(ids[row, :learnt], names).nonzero()[-1])
+        asking[row, named : learnt + 4] = True
+    words = [encoder.ids_of(f" {word}")[-1] for word in (*COLOURS, *SHAPES)]
+    return {"spot": spot, "asking": asking, "names": torch.tensor(words)}
 
 
 class StageBatches(IterableDataset[dict[str, Tensor]]):
@@ -233,9 +240,9 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
         if self.stage == "tower":
             return self._tower(pool, rng)
         # The model that looks also practises its two halves alone, at low cost.
-        if self.stage == "read" or (self.stage == "scenes" and number % 6 == 5):
+        if self.stage == "read" or (self.stage == "scenes" and number % 3 == 2):
             return self._read(pool, rng, 64)
-        if self.stage == "scenes" and number % 2 == 1:
+        if self.stage == "scenes" and number % 3 == 1:
             return self._localise(pool, rng, self.size // 2)
         return self._scenes(pool, rng)
 
@@ -300,7 +307,7 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
                 ]
                 items.append((self.encoder.encode(pieces, [token_grid(view)]), [first]))
         batch = collate(images, items, self._pad()) | images.labels()
-        return batch | asked_tags(batch, asked, self.encoder.image)
+        return batch | asked_tags(batch, asked, self.encoder)
 
     def _scenes(self, pool: Pool, rng: random.Random) -> dict[str, Tensor]:
         images = _Images()
@@ -332,7 +339,7 @@ class StageBatches(IterableDataset[dict[str, Tensor]]):
         batch = collate(images, items, self._pad())
         if self.stage != "scenes":
             return batch
-        return batch | images.labels() | asked_tags(batch, asked, self.encoder.image)
+        return batch | images.labels() | asked_tags(batch, asked, self.encoder)
 
     def _pad(self) -> int:
         return token_id(self.encoder.tokenizer, END_OF_TEXT)

@@ -114,7 +114,7 @@ class Reader:
         embeds = embeds.masked_scatter(pads, torch.cat([f for t in talks for f in t.features]))
         last = torch.tensor([len(talk.ids) - 1 for talk in talks])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            states, _ = text_states(text, embeds, positions)
+            states, *_ = text_states(text, embeds, positions)
             logits = self.model.lm_head(states[torch.arange(len(talks)), last]).float()
         logits[:, banned] = -torch.inf
         return [int(i) for i in logits.argmax(-1)]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vpt_agent.nano.alphabet import COLOURS, SHAPES
 from vpt_agent.nano.tokenizer import token_id
-from vpt_agent.nano.views import MEAN, PATCH, STD
+from vpt_agent.nano.views import MEAN, MERGE, PATCH, STD
 from vpt_agent.tokens.table import (
     END_OF_TEXT,
     IM_END,
@@ -28,6 +29,8 @@ HEADS = 6
 # The heads that are shown where to look: the first key-value group of the third layer.
 LOOKING = 3
 LOOKING_LAYER = 2
+# Colours and shapes, in the order of the dense labels.
+NAMES = (len(COLOURS), len(SHAPES))
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
@@ -194,10 +197,11 @@ def image_features(visual: Any, patches: Tensor, grids: Tensor) -> Tensor:
     return merged
 
 
-def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Last hidden state (batch, length, 192) of the language model, as its own forward gives.
 
-    Also the attention weights (batch, 3, length, length) of each layer's first heads.
+    Also what the layer that looks reads (batch, length, 192) and the attention weights
+    (batch, 3, length, length) of its first heads.
 
     `positions` is (3, batch, length). Padding must be on the right: under a causal mask it then
     needs no mask of its own. The rotary factors are kept in the narrow type, because mixing
@@ -205,8 +209,8 @@ def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, list[T
     """
     cos, sin = _halves(text.rotary_emb(x, positions), 2, _narrow(x))
     batch, length, _ = x.shape
-    looks: list[Tensor] = []
-    for layer in text.layers:
+    seen = looks = x
+    for number, layer in enumerate(text.layers):
         attention = layer.self_attn
         y = layer.input_layernorm(x)
         q, k, v = (
@@ -218,16 +222,17 @@ def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, list[T
         k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out, weights = _mix(q, k, v, causal=True)
-        looks.append(weights[:, :LOOKING])
+        if number == LOOKING_LAYER:
+            seen, looks = y, weights[:, :LOOKING]
         x = x + attention.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return text.norm(x), looks
+    return text.norm(x), seen, looks
 
 
-def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Hidden states (batch, length, 192) of conversations, states of all patches of their
+def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States of all patches of the images (patches, 192), then of the conversations what
 
-    images (patches, 192), and attention weights as `text_states` gives them.
+    `text_states` gives.
 
     `image_index` gives, for every image pad in reading order, its row among the features.
     """
@@ -239,8 +244,7 @@ def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor,
     pads = (ids == model.config.image_token_id).unsqueeze(-1)
     chosen = features.float()[batch["image_index"]]
     embeds = embeds.masked_scatter(pads, chosen)
-    states, looks = text_states(core.language_model, embeds, batch["position_ids"])
-    return states, patches, looks
+    return (patches, *text_states(core.language_model, embeds, batch["position_ids"]))
 
 
 def _pointing(weights: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -255,6 +259,28 @@ def _pointing(weights: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, float]
     return -(chosen + 1e-4).log().mean(), float(chosen.mean())
 
 
+def naming(model: Any, seen: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Loss that brings what a visual token on a tag holds near its colour's and shape's words.
+
+    `seen` (batch, length, 192) is what the layer that looks reads, `names` the token ids of the
+    colours and of the shapes. Without this loss the colours of tags, though the tower's states
+    tell them, were never found by the attention that is asked for one.
+    """
+    on_image = seen[batch["input_ids"] == model.config.image_token_id].float()
+    # A visual token is four patches; it lies on a tag where one of them does.
+    labels = batch["whole_labels"].view(-1, MERGE * MERGE, 6)[..., :2].amax(1)
+    labels = labels[batch["image_index"]]
+    words = model.model.language_model.embed_tokens.weight
+    loss, metrics, start = torch.zeros(()), {}, 0
+    for name, count, wanted in zip(("says_colour", "says_shape"), NAMES, labels.T, strict=True):
+        own, on = words[batch["names"][start : start + count]], wanted > 0
+        start += count
+        logits, wanted = on_image[on] @ own.T, wanted[on] - 1
+        loss = loss + functional.cross_entropy(logits, wanted)
+        metrics[name] = float((logits.argmax(-1) == wanted).float().mean())
+    return loss, metrics
+
+
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Next-token loss over the labelled tokens, and the shares of right ones.
 
@@ -262,7 +288,7 @@ def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
     them localising stays at chance for very long after the crops of the reading stage.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states, patches, looks = answer_states(model, batch)
+        patches, states, seen, looks = answer_states(model, batch)
         targets = batch["labels"][:, 1:]
         chosen = targets != -100
         logits = model.lm_head(states[:, :-1][chosen]).float()
@@ -278,8 +304,9 @@ def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
             near, far, found = model.dense(patches, batch)
         loss, metrics = loss + 0.1 * near + 0.5 * far, metrics | found
     if "asking" in batch:
-        pointing, metrics["pointing"] = _pointing(looks[LOOKING_LAYER], batch)
-        loss = loss + pointing
+        pointing, metrics["pointing"] = _pointing(looks, batch)
+        naming, found = naming(model, seen, batch)
+        loss, metrics = loss + pointing + 0.5 * naming, metrics | found
     return loss, metrics
 
 

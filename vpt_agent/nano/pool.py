@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,6 +21,7 @@ from vpt_agent.nano.views import (
     CROP_LONGEST,
     GLOBAL_LONGEST,
     GRID,
+    asked_cells,
     cells_of,
     crop_box,
     fit_size,
@@ -38,7 +40,7 @@ class TagRecord:
     """One askable tag: `crop` is its view's place in the shard, `chars` each character's
 
     centre and half width and height (x, y, rx, ry) in pixels of the crop view, `box` the
-    tag in pixels of the scene and `cells` the grid cells that cover it.
+    tag in pixels of the scene and `cells` the region to ask for.
     """
 
     question: str
@@ -76,13 +78,27 @@ class _Bytes:
         return place
 
 
-def jittered(rng: random.Random, cells: Cells) -> Cells:
-    """Cells moved by at most one on each side, as a slightly wrong localisation would be."""
+def jittered(rng: random.Random, cells: Cells, text: Cells) -> Cells:
+    """Cells moved by at most one on each side, as a slightly wrong localisation would be.
+
+    Never into the cells of the `text`: what is cut off cannot be read by anybody.
+    """
     if rng.random() < 0.65:
         return cells
     x0, y0, x1, y1 = (c + rng.choice((-1, 0, 0, 0, 1)) for c in cells)
-    x0, y0 = max(0, min(x0, GRID - 1)), max(0, min(y0, GRID - 1))
-    return x0, y0, max(x0, min(x1, GRID - 1)), max(y0, min(y1, GRID - 1))
+    return (
+        max(0, min(x0, text[0])),
+        max(0, min(y0, text[1])),
+        min(GRID - 1, max(x1, text[2])),
+        min(GRID - 1, max(y1, text[3])),
+    )
+
+
+def _text_cells(tag: PlacedTag, size: tuple[int, int]) -> Cells:
+    """The grid cells that the string itself touches."""
+    x, y = zip(*(point for quad in tag.quads for point in quad), strict=True)
+    box = (max(0, int(min(x))), max(0, int(min(y))), math.ceil(max(x)), math.ceil(max(y)))
+    return cells_of(box, *size)
 
 
 def _chars(tag: PlacedTag, box: Cells, view: tuple[int, int]) -> list[list[float]]:
@@ -109,8 +125,9 @@ def record_scene(scene: Scene, seed: int, store: _Bytes) -> SceneRecord:
         store.add(np.asarray(fit_view(scene.image, LARGE_LONGEST))),
     )
     for question in scene.questions:
-        cells = cells_of(question.regions[0], *scene.size)
-        box = crop_box(jittered(rng, cells), *scene.size)
+        cells = asked_cells(question.regions[0], *scene.size)
+        text = _text_cells(question.tag, scene.size)
+        box = crop_box(jittered(rng, cells, text), *scene.size)
         view = fit_size(box[2] - box[0], box[3] - box[1], CROP_LONGEST)
         record.tags.append(
             TagRecord(

@@ -83,6 +83,15 @@ def phrase(rng: random.Random, name: tuple[str, str]) -> str:
     return rng.choice(_FORMS).format(f"the {adjectives}{rng.choice(_NOUNS)}{suffix}")
 
 
+def every_name() -> list[str]:
+    """Every word that can be the last one to say which tag is meant."""
+    from vpt_agent.nano.alphabet import COLOURS, SHAPES
+
+    edges = [word for word, _, _ in _EDGES]
+    corners = [word.split()[-1] for word, _, _ in _CORNERS]
+    return [*COLOURS, *SHAPES, *edges, *corners, "middle"]
+
+
 def every_text() -> list[str]:
     """Every word of every question, for training the tokenizer."""
     from vpt_agent.nano.alphabet import COLOURS, SHAPES

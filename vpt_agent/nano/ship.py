@@ -85,7 +85,7 @@ def build_config(trained: Qwen2VLForConditionalGeneration, ids: dict[str, int]) 
         TABLE,
         ids,
         images=image_policy(),
-        regions="published",
+        regions="cover",
         trigger="free",
         untrained=("clip", "dino", "sam"),
         domain=DOMAIN,

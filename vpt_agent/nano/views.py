@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vpt_agent.tokens.grid import region_to_box
+
 GRID: Final = 16
 PATCH: Final = 14
 MERGE: Final = 2
 GLOBAL_LONGEST: Final = 224
-CROP_LONGEST: Final = 224
+CROP_LONGEST: Final = 280
+# The region asked for reaches this far, in cells, beyond the tag on each side.
+SLACK: Final = 0.25
 # The mean and deviation of OpenAI's CLIP, which Qwen2-VL keeps.
 MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 STD: Final = (0.26862954, 0.26130258, 0.27577711)
@@ -48,16 +53,23 @@ def cells_of(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     )
 
 
-def crop_box(cells: tuple[int, int, int, int], width: int, height: int) -> Box:
-    """Source-pixel box of a region of cells with one cell of margin on each side."""
-    x0, y0, x1, y1 = cells
-    k = GRID
-    return (
-        int(max(x0 - 1, 0) * width / k),
-        int(max(y0 - 1, 0) * height / k),
-        int((min(x1 + 1, k - 1) + 1) * width / k),
-        int((min(y1 + 1, k - 1) + 1) * height / k),
+def asked_cells(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """The region to ask for: inclusive grid cells that cover a tag with some room around it."""
+    room_x, room_y = SLACK * width / GRID, SLACK * height / GRID
+    left, top, right, bottom = box
+    wider = (
+        max(0, int(left - room_x)),
+        max(0, int(top - room_y)),
+        min(width, math.ceil(right + room_x)),
+        min(height, math.ceil(bottom + room_y)),
     )
+    return cells_of(wider, width, height)
+
+
+def crop_box(cells: tuple[int, int, int, int], width: int, height: int) -> Box:
+    """Source-pixel box of a region of cells: the library's region policy `cover`."""
+    box = region_to_box(cells, (width, height), GRID, "cover")
+    return box.left, box.top, box.right, box.bottom
 
 
 def patches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
