@@ -17,6 +17,7 @@ from vpt_agent.agent.plan import Abilities
 from vpt_agent.agent.run import Steps
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
 from vpt_agent.engine.core import Engine, LanguageModel
+from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import MissingExtraError, UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
@@ -33,7 +34,10 @@ Tools = Sequence[PerceptionTool | type[PerceptionTool]] | ToolRegistry | None
 
 @dataclass(frozen=True)
 class Question:
-    """One entry of :meth:`PerceptionAgent.run_batch`; what is None is taken from the call."""
+    """One entry of :meth:`PerceptionAgent.run_batch`; what is None is taken from the call.
+
+    ``intervention`` is an experiment's change of this run (see :mod:`vpt_agent.evaluation`).
+    """
 
     text: str
     image: Images = None
@@ -41,6 +45,7 @@ class Question:
     seed: int | None = None
     limits: Limits | None = None
     trace: TraceTarget = None
+    intervention: Intervention | None = None
 
 
 class PerceptionAgent:
@@ -233,7 +238,12 @@ class PerceptionAgent:
         try:
             talk = self.conversation(trace=q.trace)
             steps = talk.steps(
-                q.text, q.tool_choice or "auto", q.limits, replace(sampling, seed=q.seed), q.image
+                q.text,
+                q.tool_choice or "auto",
+                q.limits,
+                replace(sampling, seed=q.seed),
+                q.image,
+                intervention=q.intervention,
             )
             return (yield from steps)
         except (UserError, MissingExtraError) as error:

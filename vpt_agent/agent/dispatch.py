@@ -12,11 +12,13 @@ import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vpt_agent.engine.core import Engine
+from vpt_agent.engine.intervention import Condition
 from vpt_agent.engine.parts import Look
 from vpt_agent.errors import ModelRetry, ToolDefinitionError, UserError
 from vpt_agent.kernels import kernel_name
@@ -35,12 +37,14 @@ from vpt_agent.vision.frames import crop_view
 @dataclass(frozen=True)
 class Scope:
     """What the calls of one turn may see: all ``views`` by id, the question's ``originals``,
-    the run's seed, and the moment (``time.monotonic``) at which it must be over."""
+    the run's seed, and the moment (``time.monotonic``) at which it must be over. ``condition`` is
+    the session's; None is the model's."""
 
     views: Mapping[str, View]
     originals: tuple[View, ...]
     seed: int | None = None
     deadline: float | None = None
+    condition: Condition | None = None
 
     def view(self, source: object) -> View | None:
         """The view that ``source`` names; the latest original for None."""
@@ -143,7 +147,7 @@ class Dispatcher:
             deadline=scope.deadline,
             device=str(self.engine.device),
             encode=self._encode,
-            project=self._project,
+            project=partial(self._project, scope.condition or self.engine.model.condition),
             crop=crop,
         )
 
@@ -151,9 +155,11 @@ class Dispatcher:
         """Features [V, D] of a view; found in the store when the loop computed them."""
         return self.engine.look(kind, (view,))[0].tokens
 
-    def _project(self, kind: str, features: Tensor, control: Tensor | None) -> VisualFeatures:
+    def _project(
+        self, condition: Condition, kind: str, features: Tensor, control: Tensor | None
+    ) -> VisualFeatures:
         if control is None:
             raise ModelRetry(f"{kind} needs a control token: call it with its perception token")
         with self.engine.lock:
-            tokens = self.engine.model.condition(kind, features, control)
+            tokens = condition(kind, features, control)
         return VisualFeatures(kind, tokens, kernel_name("condition", features))

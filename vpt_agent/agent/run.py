@@ -109,6 +109,8 @@ class Run:
         self.talk.runs = (*self.talk.runs, self.recorder.run)
         for message in r.warnings:
             self.recorder.warn(message)
+        if self.session.intervention is not None:
+            self.recorder.warn(f"an experiment changes this run: {self.session.intervention.name}")
         for view in r.views:
             self.talk.views[view.id] = view
         self.talk.originals = (*self.talk.originals, *r.views)
@@ -294,6 +296,7 @@ class Run:
             self.talk.originals,
             self.request.sampling.seed,
             self._deadline(),
+            self.session.condition,
         )
         looks = self.dispatcher.needed(calls, scope)
         if looks:  # encoder work of all runs in one batch; the tools find it done
@@ -304,6 +307,8 @@ class Run:
         checked = []
         room = self._room() - RESERVE
         for call, result in zip(calls, results, strict=True):
+            if self.session.intervention is not None:
+                result = self.session.intervention.result(call, result, self.talk.views)
             result, room = self._within_budget(result, room)
             named = tuple(self.talk.name(v, self.recorder.trace) for v in result.views)
             result = replace(result, views=named)
@@ -403,6 +408,7 @@ class Run:
             else (self.layout.inline(told[0]))
         )
         parts = self._parts(pieces, looked, {call.id: (call, r) for call, r in outcome})
+        parts = self.session.changed(parts)
         spans = spans_of(parts)
         if sum(len(s.ids) for s in spans) > self._room():
             return None

@@ -13,6 +13,7 @@ from vpt_agent.agent.plan import plan_request
 from vpt_agent.agent.recorder import Recorder
 from vpt_agent.agent.run import Run, Steps
 from vpt_agent.agent.state import Conversation
+from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import VPTLayout
@@ -144,8 +145,12 @@ class Talk:
         sampling: Sampling,
         image: Images = None,
         on_token: Callable[[int, TokenSource], None] | None = None,
+        intervention: Intervention | None = None,
     ) -> Steps:
-        """The run as a generator for the engine's loop. Checks the request before anything runs."""
+        """The run as a generator for the engine's loop. Checks the request before anything runs.
+
+        ``intervention`` is an experiment's change; it stays for this question only.
+        """
         agent = self.agent
         if self._closed:
             raise UserError(
@@ -167,6 +172,7 @@ class Talk:
         )
         if self._state is None:
             self._state = Conversation(agent.engine.session())
+        self._state.session.intervention = intervention
         run = f"run_{len(self.trace.runs) + 1}"
         recorder = Recorder(self.trace, run, agent.layout.raw_text)
         steps = Run(

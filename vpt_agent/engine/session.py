@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.parts import (
     Block,
     Fed,
@@ -67,6 +68,7 @@ class Session:
         self.controls: list[Control] = []
         self.forward_tokens = 0
         self.forward_calls = 0
+        self.intervention: Intervention | None = None  # an experiment's; None changes nothing
         self._finalizer = weakref.finalize(self, engine.cache.release, row)
 
     def __len__(self) -> int:
@@ -97,6 +99,7 @@ class Session:
         other.ids, other.positions = list(self.ids), list(self.positions)
         other.next_position, other.hidden = self.next_position, self.hidden
         other.controls = [Control(c.token, c.state, c.used) for c in self.controls]
+        other.intervention = self.intervention
         return other
 
     def truncate(self, length: int) -> None:
@@ -151,7 +154,7 @@ class Session:
                             wanted: Logits = "none" if logits == "last" else logits
                             done.append((yield from self._run(block, wanted)))
                             block = _Builder(self.next_position)
-                        block.control(token, self._take_control(token))
+                        self._add_control(block, token)
                     else:
                         block.token(token)
                 continue
@@ -168,6 +171,17 @@ class Session:
 
     def _run(self, block: _Builder, logits: Logits) -> Generator[Feed, Fed, Fed]:
         return (yield Feed(self, block.done(), logits))
+
+    def _add_control(self, block: _Builder, token: int) -> None:
+        """The control token with its state as input embedding, or what an experiment says."""
+        state: Tensor | None = self._take_control(token)
+        if self.intervention is not None and state is not None:
+            kind = next(r.name for r in self.engine.table.rows if r.control == token)
+            state = self.intervention.control_embedding(kind, state)
+        if state is None:
+            block.token(token)
+        else:
+            block.control(token, state)
 
     def _take_control(self, token: int) -> Tensor:
         if self.hidden is None:
@@ -198,8 +212,29 @@ class Session:
         for control in used:
             control.used = start + 1
         states = torch.stack([c.state for c in used])  # [k, D]
-        tokens = self.engine.model.condition(part.kind, part.features, states)  # [V, D]
+        tokens = self.condition(part.kind, part.features, states)  # [V, D]
         return Visual(part.placeholder, tokens, None, part.view, part.kind)
+
+    def condition(self, kind: str, features: Tensor, control: Tensor) -> Tensor:
+        """Features f [V, D] conditioned with control states [k, D], by the model or as an
+        experiment says."""
+        plain = self.engine.model.condition
+        if self.intervention is None:
+            return plain(kind, features, control)
+        return self.intervention.condition(kind, features, control, plain)
+
+    def changed(self, parts: list[Part]) -> list[Part]:
+        """The ``parts`` of a result, as they are or as an experiment wants them."""
+        change = self.intervention
+        if change is None:
+            return parts
+        embed = self.engine.model.get_input_embeddings()
+
+        def empty(token: int) -> Tensor:
+            return embed(torch.tensor([[token]], device=self.engine.device))[0, 0]
+
+        kept = [change.visual(p, empty) if isinstance(p, Visual) else p for p in parts]
+        return [p for p in kept if p is not None]
 
     def advance(self, block: Block, hidden: Tensor) -> None:
         """Called by the loop when ``block`` has been computed; ``hidden`` is [n, D]."""
