@@ -305,8 +305,8 @@ def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
         loss, metrics = loss + 0.1 * near + 0.5 * far, metrics | found
     if "asking" in batch:
         pointing, metrics["pointing"] = _pointing(looks, batch)
-        naming, found = naming(model, seen, batch)
-        loss, metrics = loss + pointing + 0.5 * naming, metrics | found
+        said, found = naming(model, seen, batch)
+        loss, metrics = loss + pointing + 0.5 * said, metrics | found
     return loss, metrics
 
 

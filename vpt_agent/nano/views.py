@@ -68,8 +68,8 @@ def asked_cells(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
 
 def crop_box(cells: tuple[int, int, int, int], width: int, height: int) -> Box:
     """Source-pixel box of a region of cells: the library's region policy `cover`."""
-    box = region_to_box(cells, (width, height), GRID, "cover")
-    return box.left, box.top, box.right, box.bottom
+    left, top, right, bottom = region_to_box(cells, (width, height), GRID, "cover")
+    return int(left), int(top), int(right), int(bottom)
 
 
 def patches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -153,4 +153,4 @@ def test_naming_wants_the_words() -> None:
     assert found == {"says_colour": 1.0, "says_shape": 1.0}
     far, found = naming(model, -seen, batch)
     assert found == {"says_colour": 0.0, "says_shape": 0.0}
-    assert float(near) < 0.1 < float(far)
+    assert near.item() < 0.1 < far.item()
