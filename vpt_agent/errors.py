@@ -65,6 +65,10 @@ class MissingExtraError(VPTError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 
 
+class TrainingError(VPTError, RuntimeError):
+    """Training cannot go on, though its input was fine: the loss is no number any more."""
+
+
 class InternalError(VPTError, RuntimeError):
     """A state that should be impossible: our fault."""
 

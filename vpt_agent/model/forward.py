@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vpt_agent.errors import UserError
 from vpt_agent.kernels import splice
-from vpt_agent.model.masking import zeroed_positions
+from vpt_agent.model.masking import MaskRule, hidden_stretches, zeroed_positions
 from vpt_agent.model.matching import Place, Plan, make_plan, picture_places
+from vpt_agent.model.onepass import Blocks, Past
 
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
@@ -43,10 +44,23 @@ class Forward:
     features: Tensor | None
 
 
-def run_forward(model: VPTForConditionalGeneration, inputs: Inputs, *, control: str) -> Forward:
-    """Run all passes for ``inputs``; ``control`` is ``published`` or ``causal``."""
+def run_forward(
+    model: VPTForConditionalGeneration,
+    inputs: Inputs,
+    *,
+    control: str,
+    passes: str = "two",
+    masking: MaskRule | None = None,
+) -> Forward:
+    """Run all passes for ``inputs``; ``control`` is ``published`` or ``causal``.
+
+    ``passes`` ``one`` computes no position twice (rows padded on the left go the ordinary way);
+    ``masking`` stands in for the config's masks.
+    """
     if control not in ("published", "causal"):
         raise UserError("no such control rule", got=control, expected="published or causal")
+    if passes not in ("one", "two"):
+        raise UserError("no such number of passes", got=passes, expected="one or two")
     if inputs.ids.dim() != 2:
         raise UserError(
             "input_ids of the wrong shape", got=tuple(inputs.ids.shape), expected="[B, L]"
@@ -63,11 +77,15 @@ def run_forward(model: VPTForConditionalGeneration, inputs: Inputs, *, control: 
     counts = {kind: [len(f) for f in tensors] for kind, tensors in features.items()}
     plan = make_plan(inputs.ids.cpu(), model.table, counts, conditioned=two_pass)
     positions = _positions(model, inputs)
-    run = _Run(model, inputs, positions, plan, features)
+    config = model.config
+    rule = masking or MaskRule(config.para_mask_id, config.para_mask_ratio)
+    run = _Run(model, inputs, positions, plan, features, rule)
     current = run.place(embeds, plan.places, [features[p.kind][p.picture] for p in plan.places])
     if not plan.calls:
         final = torch.cat(run.placed) if run.placed else None
         return Forward(run.pass_over(current), None, final)
+    if passes == "one" and _padded_right(inputs.mask) and not model.model.has_sliding_layers:
+        return run.in_one_pass(current, control)
     return run.with_controls(current, control)
 
 
@@ -80,14 +98,22 @@ class _Run:
     positions: Tensor
     plan: Plan
     features: Mapping[str, Sequence[Tensor]]
+    rule: MaskRule
 
     def __post_init__(self) -> None:
         self.placed: list[Tensor] = [self.features[p.kind][p.picture] for p in self.plan.places]
 
-    def pass_over(self, embeds: Tensor) -> Tensor:
-        """Hidden states [B, n, D] of the first n positions, ``embeds`` [B, n, D]."""
+    def pass_over(
+        self, embeds: Tensor, hidden: Mapping[int, tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Hidden states [B, n, D] of the first n positions, ``embeds`` [B, n, D].
+
+        ``hidden``: keys (first, end) by row that its positions from ``end`` on do not see.
+        """
         n = embeds.shape[1]
         mask = None if self.inputs.mask is None else self.inputs.mask[:, :n]
+        if hidden:
+            mask = _attention_mask(embeds, mask, hidden)
         return self.model.run_language_model(embeds, self.positions[:, :, :n], mask)
 
     def place(self, embeds: Tensor, places: Sequence[Place], tensors: Sequence[Tensor]) -> Tensor:
@@ -108,10 +134,70 @@ class _Run:
             states |= {(row, at): hidden[row, at - 1] for row, at in group}
             current = self._with_states(current, group, states)
             current = self._with_conditioned(current, group, states)
-        current = self._masked(current)
+        zeroed, hidden = self._masks()
         stacked = torch.stack([states[point] for point in points])  # [n, D]
         final = torch.cat(self.placed) if self.placed else None
-        return Forward(self.pass_over(current), stacked, final)
+        return Forward(self.pass_over(_blanked(current, zeroed), hidden), stacked, final)
+
+    def in_one_pass(self, current: Tensor, control: str) -> Forward:
+        """As :meth:`with_controls`, each position computed once where that is the same function."""
+        points = [(c.row, at) for c in self.plan.calls for at in c.controls]  # row by row
+        by_row: dict[int, list[int]] = {}
+        for row, at in points:
+            by_row.setdefault(row, []).append(at)
+        by_row = {row: sorted(found) for row, found in by_row.items()}
+        states: dict[tuple[int, int], Tensor] = {}
+        blocks = Blocks(self.model, self.positions)
+        pasts: dict[int, list[Past]] = {row: [] for row in by_row}
+        for group in _rounds(points, control):
+            stretches = {row: (0, by_row[row][-1]) for row, _ in group}
+            if control == "causal":
+                stretches = {row: _stretch_before(by_row[row], at) for row, at in group}
+            known = pasts[group[0][0]]
+            hidden, past = blocks.run(current, stretches, known[-1] if known else None)
+            places = {row: i for i, row in enumerate(stretches)}
+            for row, at in group:
+                states[row, at] = hidden[places[row], at - 1 - stretches[row][0]]
+            for row in stretches:
+                pasts[row].append(past)
+            current = self._with_states(current, group, states)
+            current = self._with_conditioned(current, group, states)
+        zeroed, shut = self._masks()
+        self._finish(blocks, current, by_row, pasts, zeroed, shut)
+        stacked = torch.stack([states[point] for point in points])  # [n, D]
+        final = torch.cat(self.placed) if self.placed else None
+        return Forward(blocks.hidden(*self.inputs.ids.shape), stacked, final)
+
+    def _finish(
+        self,
+        blocks: Blocks,
+        current: Tensor,
+        by_row: Mapping[int, Sequence[int]],
+        pasts: Mapping[int, Sequence[Past]],
+        zeroed: Tensor | None,
+        shut: Mapping[int, tuple[int, int]],
+    ) -> None:
+        """The scored pass: rows go on from their past; plain and blanked rows run whole."""
+        rows, length = self.inputs.ids.shape
+        ends = [length] * rows
+        if self.inputs.mask is not None:
+            ends = [int(n) for n in self.inputs.mask.sum(1).tolist()]
+        blanked = set() if zeroed is None else set(zeroed.any(1).nonzero().flatten().tolist())
+        whole = {r: ends[r] for r in range(rows) if r not in by_row or r in blanked}
+        if whole:
+            blocks.whole(_blanked(current, zeroed), whole)
+        groups: dict[int, tuple[Past, dict[int, tuple[int, int]]]] = {}
+        for row, controls in by_row.items():
+            if row in blanked:
+                continue
+            # The past of the last round ends where the row's last control token stands; under an
+            # attention mask, and as published, all from the first one on is another function.
+            afresh = row in shut or len(pasts[row]) < len(controls)
+            past = pasts[row][0 if afresh else -1]
+            first = controls[0 if afresh else -1]
+            groups.setdefault(id(past), (past, {}))[1][row] = (first, ends[row])
+        for past, stretches in groups.values():
+            blocks.run(current, stretches, past, dict(shut))
 
     def _with_states(
         self,
@@ -152,20 +238,61 @@ class _Run:
             current = self.place(current, [p for _, p in chosen], tensors)
         return current
 
-    def _masked(self, current: Tensor) -> Tensor:
+    def _masks(self) -> tuple[Tensor | None, dict[int, tuple[int, int]]]:
+        """Positions whose embedding is blanked, and keys that later positions do not see."""
+        rule, config = self.rule, self.model.config
         if not self.plan.places:  # as published: only where a picture is re-encoded
-            return current
-        config = self.model.config
+            return None, {}
+        if rule.how == "attention":
+            firsts: dict[int, int] = {}
+            for call in self.plan.calls:
+                firsts.setdefault(call.row, call.controls[0])
+            return None, hidden_stretches(
+                self.inputs.ids.cpu(),
+                first_controls=firsts,
+                rule=rule,
+                start_id=config.para_start_id,
+                end_id=config.para_end_id,
+            )
         zeroed = zeroed_positions(
             self.inputs.ids,
             rows=sorted({c.row for c in self.plan.calls}),
             spared=[(c.row, at) for c in self.plan.calls for at in c.controls],
-            mask_id=config.para_mask_id,
-            ratio=config.para_mask_ratio,
+            mask_id=rule.mask_id,
+            ratio=rule.ratio,
             start_id=config.para_start_id,
             end_id=config.para_end_id,
+            draw=rule.draw,
         )
-        return current if zeroed is None else current.masked_fill(zeroed[:, :, None], 0.0)
+        return zeroed, {}
+
+
+def _blanked(current: Tensor, zeroed: Tensor | None) -> Tensor:
+    return current if zeroed is None else current.masked_fill(zeroed[:, :, None], 0.0)
+
+
+def _stretch_before(controls: Sequence[int], at: int) -> tuple[int, int]:
+    """From the row's control token before ``at`` (or its start) to ``at``."""
+    index = controls.index(at)
+    return (controls[index - 1] if index else 0), at
+
+
+def _padded_right(mask: Tensor | None) -> bool:
+    return mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+
+def _attention_mask(
+    embeds: Tensor, mask: Tensor | None, hidden: Mapping[int, tuple[int, int]]
+) -> Tensor:
+    """Who sees whom: bool [B, 1, n, n]."""
+    rows, n = embeds.shape[:2]
+    seen = torch.ones(n, n, dtype=torch.bool).tril().repeat(rows, 1, 1)
+    for row, (first, end) in hidden.items():
+        seen[row, end:, first:end] = False
+    if mask is not None:
+        # A padded query sees itself, or it would be no number.
+        seen &= mask.bool().cpu()[:, None, :] | torch.eye(n, dtype=torch.bool)
+    return seen[:, None].to(embeds.device)
 
 
 def _rounds(points: Sequence[tuple[int, int]], control: str) -> list[list[tuple[int, int]]]:

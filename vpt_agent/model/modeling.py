@@ -36,8 +36,9 @@ from vpt_agent.model.encoders import (
     run_encoder,
     stack_segments,
 )
-from vpt_agent.model.forward import Inputs, run_forward
+from vpt_agent.model.forward import Forward, Inputs, run_forward
 from vpt_agent.model.fresh import FromScratch
+from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.positions import Grid, rope_positions
 
 
@@ -309,6 +310,9 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         *,
         perception_inputs: Mapping[str, Mapping[str, Tensor]] | None = None,
         control: str | None = None,
+        passes: str = "two",
+        masking: MaskRule | None = None,
+        labelled_only: bool = False,
         logits_to_keep: int = 0,
         mm_token_type_ids: Tensor | None = None,
         return_dict: bool | None = None,
@@ -323,6 +327,9 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         ``clip_images_grid_thw`` [N, 3], ``detection_images`` [N, 3, 224, 224], ``seg_images``
         [N, 3, 1024, 1024] for re-encoding; ``perception_inputs`` maps any kind's name to the
         inputs of :meth:`run_tower`. ``control`` overrides ``config.control``.
+        ``passes`` ``one`` gives the same with about half the work, for training. ``masking`` stands
+        in for the config's masks. With ``labelled_only`` the logits are [n, vocab]: those of the
+        positions whose next token is a label, row by row; nothing else is computed for the loss.
         ``mm_token_type_ids`` is what the processor also gives; positions follow from the ids.
         Anything else that is not None is a :class:`UserError`: nothing is ignored.
         """
@@ -333,7 +340,11 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
             self,
             Inputs(ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks),
             control=control or self.config.control,
+            passes=passes,
+            masking=masking,
         )
+        if labelled_only:
+            return self._labelled(output, labels)
         hidden = output.hidden[:, -logits_to_keep:] if logits_to_keep else output.hidden
         logits = self.compute_logits(hidden)
         loss = None
@@ -344,6 +355,17 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, controls=output.controls, features=output.features
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _labelled(self, output: Forward, labels: Tensor | None) -> VPTOutput:
+        if labels is None:
+            raise UserError("labelled_only needs labels", where="forward")
+        following = labels[:, 1:].to(output.hidden.device)
+        here = following != -100
+        logits = self.compute_logits(output.hidden[:, :-1][here])  # [n, vocab]
+        loss = nn.functional.cross_entropy(logits, following[here])
+        return VPTOutput(
+            loss=loss, logits=logits, controls=output.controls, features=output.features
+        )
 
     def generate(self, *_: object, **__: object) -> Tensor:
         """Not offered: transformers' loop would neither run calls nor append their results."""
