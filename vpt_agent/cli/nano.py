@@ -54,6 +54,22 @@ def scene(
         typer.echo(f"{row['question']}  {row['answer']}")
 
 
+@app.command()
+@clear_errors
+def scenes(
+    out: Annotated[Path, typer.Option(help="The folder to write into.")],
+    count: Annotated[int, typer.Option(min=1, help="How many scenes; one question each.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The first scene's seed.")] = 0,
+    split: SplitOption = "train",
+) -> None:
+    """Draw scenes and write rows for training on them: pictures and rows.json."""
+    from vpt_agent.cli.scenes import write_scenes
+
+    with writing(out):
+        path = write_scenes(out, count=count, seed=seed, split=_checked(split))
+    typer.echo(str(path))
+
+
 @app.command("eval")
 @clear_errors
 def evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -45,6 +45,20 @@ class ClassAccuracy:
             here = target == i
             self._seen[i] += int(here.sum())
             self._right[i] += int(right[here].sum())
+
+    def counts(self) -> list[int]:
+        """All sums, for adding up over processes: see :meth:`of_counts`."""
+        by_class = [n for i in self.class_set for n in (self._seen[i], self._right[i])]
+        return [self._total, self._total_right, *by_class]
+
+    @classmethod
+    def of_counts(cls, class_set: Iterable[int], counts: Sequence[int]) -> ClassAccuracy:
+        """From :meth:`counts` (or their sums) of the same ``class_set``."""
+        made = cls(class_set)
+        made._total, made._total_right = counts[:2]
+        for place, i in enumerate(made.class_set):
+            made._seen[i], made._right[i] = counts[2 + 2 * place : 4 + 2 * place]
+        return made
 
     def result(self) -> dict[str, float]:
         """``accuracy``, and ``accuracy_<id>`` for each id that was a label."""

@@ -1,0 +1,280 @@
+"""TrainConfig: one YAML file says all of a training run; a misspelt key is an error that helps.
+
+Plain values only; nothing is opened or loaded here. ``docs/train-your-own.md`` walks through it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vpt_agent.errors import MissingExtraError, UserError
+
+Stage = Literal["alignment", "instruction", "lora"]
+
+
+class _Part(BaseModel):
+    """A part of the config: no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(_Part):
+    """Which model learns, and which of the published habits it keeps.
+
+    ``path``: a directory, a hub name, or ``shipped`` (the small model in the package). A plain
+    Qwen2-VL becomes a VPT model with ``encoders``; ``controls``, ``grid`` and ``encoder_weights``
+    as in ``VPTForConditionalGeneration.from_pretrained``. ``sizes`` names known sizes, for
+    ``--dry-run`` without files. ``positions``: M-RoPE, or 0..L-1 (``published``). ``gradients``:
+    ``full`` lets input embeddings learn, ``published`` gives none to them. ``control``: see the
+    decision page on causal control. ``images`` and ``trigger`` replace the checkpoint's.
+    """
+
+    path: str
+    encoders: tuple[Literal["clip", "dino", "sam"], ...] | None = None
+    controls: int | None = Field(None, ge=1)
+    grid: Literal[4, 8, 16, 32] | None = None
+    encoder_weights: dict[str, str] = {}
+    sizes: str | None = None
+    positions: Literal["mrope", "published"] = "mrope"
+    gradients: Literal["full", "published"] = "full"
+    control: Literal["causal", "published"] = "causal"
+    passes: Literal["one", "two"] = "one"
+    images: dict[str, Any] | None = None
+    trigger: Literal["free", "phrase"] | None = None
+    domain: str | None = None
+
+
+class Scenes(_Part):
+    """Rows drawn by ``vpt-agent nano scenes`` when the run begins: only the command does that."""
+
+    count: int = Field(ge=1)
+    seed: int = Field(0, ge=0)
+    split: Literal["train", "unseen"] = "train"
+
+
+class Source(_Part):
+    """One file of published-JSON rows (a JSON array, or JSON lines), or ``scenes``.
+
+    ``weight`` is its share in the mixture. ``images`` is the folder of relative picture paths.
+    ``remap`` replaces the beginnings of picture paths.
+    """
+
+    path: Path | None = None
+    scenes: Scenes | None = None
+    weight: float = 1.0
+    images: Path | None = None
+    remap: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.scenes is None):
+            raise ValueError("a source has a path or scenes, and not both")
+        return self
+
+
+class DataPart(_Part):
+    """Where rows come from, and how they become batches.
+
+    ``hold_out``: the first rows of each source are for evaluation (``max_evaluation`` in all),
+    unless ``evaluation`` names sources of their own. ``truncation``: ``drop`` drops a row that
+    would be cut inside a call or a run of visual tokens; ``published`` cuts as the release does.
+    ``shuffle`` is the size of the shuffle buffer in rows, 1 for none. A batch has ``rows`` rows, or
+    at most ``tokens`` tokens, padding included. Rows of like length share a batch; they are sorted
+    within windows of ``window`` batches. ``workers`` processes prepare pictures; 0: none besides
+    the main one. ``bad_rows``: stop at a row that cannot be used, or skip and count it.
+    """
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    evaluation: tuple[Source, ...] = ()
+    hold_out: int = Field(0, ge=0)
+    max_evaluation: int = Field(1000, ge=1)
+    max_length: int = Field(2048, ge=8)
+    truncation: Literal["drop", "published"] = "drop"
+    bad_rows: Literal["error", "skip"] = "error"
+    shuffle: int = Field(16384, ge=1)
+    rows: int = Field(4, ge=1)
+    tokens: int | None = Field(None, ge=8)
+    window: int = Field(8, ge=1)
+    workers: int = Field(2, ge=0)
+    prefetch: int = Field(2, ge=1)
+
+
+class MaskPart(_Part):
+    """Mask modelling: what of the prompt the scored pass does not see (paper section 3.4).
+
+    ``paragraphs`` 0: off, 1: the first question, 2: the question and the re-encoded picture.
+    ``how``: ``embeddings`` become zero, as published; or ``attention``, as the paper writes it: what
+    follows the control token sees nothing of the question's turn but through the control token.
+    One draw decides for a ``batch`` (published) or for each ``row``. ``in_evaluation``: act there,
+    too, as published.
+    """
+
+    paragraphs: Literal[0, 1, 2] = 0
+    ratio: float = Field(0.5, ge=0, le=1)
+    how: Literal["embeddings", "attention"] = "embeddings"
+    draw: Literal["batch", "row"] = "batch"
+    in_evaluation: bool = False
+
+    @model_validator(mode="after")
+    def _can_be(self) -> MaskPart:
+        if self.how == "attention" and self.paragraphs == 2:
+            raise ValueError("attention masks hide the question only: paragraphs 0 or 1")
+        return self
+
+
+class LoraPart(_Part):
+    """LoRA on the language model's linear layers; ``also`` names parts that learn in full."""
+
+    rank: int = Field(512, ge=1)
+    alpha: float = 1024
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str = r"model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
+    also: tuple[str, ...] = ()
+
+
+class OptimPart(_Part):
+    """AdamW and its schedule. ``warmup`` is a share of the steps."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0, le=1)
+    accumulate: int = Field(1, ge=1)
+
+
+class TrainConfig(_Part):
+    """A training run.
+
+    ``stage``: ``alignment`` (projectors only, no control states), ``instruction`` (everything but
+    the vision towers) or ``lora``; ``trainable`` or ``frozen`` (parts of parameter names) say
+    otherwise. ``steps`` of the optimiser, or ``epochs`` over the rows. ``precision`` is what is
+    computed in; weights are kept in float32. ``answers``: so many evaluation rows are answered by
+    the finished checkpoint. ``trainer`` goes to transformers' TrainingArguments as it is
+    (``fsdp``, ``deepspeed``, ...).
+    """
+
+    out: Path
+    stage: Stage
+    model: ModelPart
+    data: DataPart
+    mask: MaskPart = MaskPart()
+    optim: OptimPart = OptimPart()
+    lora: LoraPart | None = None
+    trainable: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] | None = None
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1)
+    keep: int | None = Field(2, ge=1)
+    answers: int = Field(0, ge=0)
+    device: Literal["auto", "cpu"] = "auto"
+    trainer: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("say either steps or epochs")
+        if self.epochs is not None and self.data.tokens is not None:
+            raise ValueError("with batches by tokens say steps: an epoch has no fixed number")
+        if self.trainable is not None and self.frozen is not None:
+            raise ValueError("say either trainable or frozen, or none for the stage's own")
+        if (self.stage == "lora") != (self.lora is not None):
+            raise ValueError("the stage lora and the part lora go together")
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults included, as YAML."""
+        text: str = _yaml().safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:  # transformers brings it, as of today
+        raise MissingExtraError(
+            "reading YAML needs PyYAML", fix='pip install "vpt-agent[train]"'
+        ) from error
+    return yaml
+
+
+def read_config(path: Path | str, changes: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file. ``changes`` are ``key=value``, values in YAML: ``data.rows=2``."""
+    yaml = _yaml()
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("the config cannot be read", where=path, got=error.strerror) from error
+    except yaml.YAMLError as error:
+        raise UserError("the config is no YAML", where=path, got=error) from error
+    if not isinstance(data, dict):
+        raise UserError("a config is a table of keys and values", where=path, got=repr(data)[:80])
+    for change in changes:
+        _change(data, change)
+    return make_config(data, where=str(path))
+
+
+def _change(data: dict[str, Any], change: str) -> None:
+    key, mark, value = change.partition("=")
+    names = key.split(".")
+    if not mark or not all(names):
+        raise UserError("a change of the config is KEY=VALUE", got=change, expected="data.rows=2")
+    at: Any = data
+    for name in names[:-1]:
+        at = at[int(name)] if isinstance(at, list) and name.isdigit() else at.setdefault(name, {})
+        if not isinstance(at, dict | list):
+            raise UserError("a change reaches into a value", where=key, got=repr(at))
+    last = names[-1]
+    read = _yaml().safe_load(value)
+    if isinstance(at, list) and not (last.isdigit() and int(last) < len(at)):
+        raise UserError("a list has no such place", where=key, expected=f"below {len(at)}")
+    at[int(last) if isinstance(at, list) else last] = read
+
+
+def make_config(data: Mapping[str, Any], *, where: str = "config") -> TrainConfig:
+    """A config of plain values; all that is wrong is said in one :class:`UserError`."""
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(_problems(error))
+        raise UserError("the config is wrong", where=where, got=problems) from error
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        at = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(problem["loc"]), 1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            yield f"there is no key {at}{hint}"
+        else:
+            yield f"{at or 'config'}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_at(place: Sequence[int | str]) -> list[str]:
+    """The keys of the part in which ``place`` lies."""
+    part: type[BaseModel] = TrainConfig
+    for name in place[:-1]:
+        if isinstance(name, str) and name in part.model_fields:
+            found = _models_in(part.model_fields[name].annotation)
+            part = found[0] if found else part
+    return list(part.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for inner in getattr(annotation, "__args__", ()) for m in _models_in(inner)]

@@ -1,0 +1,234 @@
+"""transformers' Trainer with our batches, our loss and checkpoints that can be taken up again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from vpt_agent.errors import TrainingError, UserError
+from vpt_agent.model.masking import MaskRule
+from vpt_agent.training.collate import Batch
+from vpt_agent.training.logs import MetricsFile
+from vpt_agent.training.metrics import ClassAccuracy
+from vpt_agent.training.stream import Batches, Cursor, Fixed
+
+STATE = "data_state-{rank}.json"
+"""Beside a checkpoint's weights: where the rows of a process stood. Written last."""
+
+
+class VPTTrainer(Trainer):
+    """Trains ``VPTForConditionalGeneration`` on :class:`~vpt_agent.training.stream.Batches`.
+
+    ``rule`` are the masks in training, ``evaluation_rule`` in evaluation; ``passes`` as in the
+    model's ``forward``. Losses of single steps go to ``metrics.jsonl`` unrounded.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        batches: Batches,
+        evaluation: Fixed | None,
+        rule: MaskRule,
+        evaluation_rule: MaskRule,
+        passes: str,
+        classes: list[int],
+        say: Callable[[str], None],
+        prefetch: int = 2,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=batches,
+            eval_dataset=evaluation,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.batches, self.evaluation = batches, evaluation
+        self.rule, self.evaluation_rule, self.passes = rule, evaluation_rule, passes
+        self.classes, self.prefetch = classes, prefetch
+        self.metrics = MetricsFile(Path(args.output_dir))
+        self.cursors: dict[int, Cursor] = dict(batches.cursors)
+        self.given = batches.given
+        self.rows: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self._losses: list[float] = []
+        self.remove_callback(PrinterCallback)  # standard output is for results
+        self.add_callback(_Steps(self, say))
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Ready batches of this process. Not accelerate's: it would deal them out a second time."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.batches,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.prefetch if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch goes to the model."""
+        ours = ("rows", "cursor", "counts")
+        return {name: value for name, value in inputs.items() if name not in ours}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> Any:
+        """The mean over the batch's labels. A loss that is no number is a TrainingError."""
+        output = model(
+            **self._arguments(inputs),
+            passes=self.passes,
+            labelled_only=True,
+            masking=self.rule if model.training else self.evaluation_rule,
+        )
+        value = float(output.loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                "the loss is no number any more",
+                where=f"step {self.state.global_step + 1}, {'; '.join(inputs['rows'])}",
+                got=value,
+                fix="lower optim.learning_rate, raise optim.warmup, or look at these rows",
+            )
+        if model.training:
+            self._count(inputs, value)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _count(self, inputs: Mapping[str, Any], loss: float) -> None:
+        self._losses.append(loss)
+        mask = inputs["attention_mask"]
+        self.tokens["all"] += mask.numel()
+        self.tokens["padding"] += mask.numel() - int(mask.sum())
+        self.rows.update(inputs["counts"])
+        worker, window, used = inputs["cursor"]
+        self.cursors[int(worker)] = Cursor(int(worker), int(window), int(used))
+        self.given += 1
+
+    @property
+    def padding(self) -> float:
+        """The share of padding in what was trained on so far."""
+        return self.tokens["padding"] / max(1, self.tokens["all"])
+
+    def end_step(self) -> None:
+        """Write the losses of the step that ended."""
+        if self._losses and self.is_world_process_zero():
+            mean = sum(self._losses) / len(self._losses)
+            rate = self._get_learning_rate()
+            self.metrics.write({"step": self.state.global_step, "loss": mean, "rate": float(rate)})
+        self._losses = []
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Loss (mean over all labels) and accuracy, overall and by class, on the kept rows."""
+        if self.evaluation is None:
+            raise UserError("there are no rows to evaluate on", fix="set data.hold_out")
+        model = self.model_wrapped if self.model_wrapped is not None else self.model
+        was = model.training
+        model.eval()
+        accuracy = ClassAccuracy(self.classes)
+        total = labels = 0.0
+        loader = DataLoader(
+            self.evaluation, batch_size=None, num_workers=self.args.dataloader_num_workers
+        )
+        for batch in loader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, output = self.compute_loss(model, inputs, return_outputs=True)
+            target = inputs["labels"][:, 1:]
+            target = target[target != -100]
+            total += float(loss) * len(target)
+            labels += len(target)
+            # Not shifted: as if each label stood behind its prediction.
+            rows = np.full((2, len(target) + 1), -100)
+            rows[0, :-1], rows[1, 1:] = output.logits.argmax(-1).cpu(), target.cpu()
+            accuracy.update(rows[:1], rows[1:])
+        model.train(was)
+        figures = self._gathered(accuracy, total, labels)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        if self.is_world_process_zero():
+            self.metrics.write({"step": self.state.global_step, **metrics})
+        self.log(dict(metrics))
+        self.evaluated = (self.state.global_step, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _gathered(self, accuracy: ClassAccuracy, total: float, labels: float) -> dict[str, float]:
+        """The figures of all processes together."""
+        sums = torch.tensor([total, labels, *accuracy.counts()], dtype=torch.float64)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        merged = ClassAccuracy.of_counts(self.classes, [int(n) for n in sums[2:].tolist()])
+        return {"loss": float(sums[0] / sums[1].clamp(min=1)), **merged.result()}
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def data_state(self) -> dict[str, Any]:
+        """Where the rows of this process stand."""
+        return {
+            "given": self.given,
+            "world": self.args.world_size,
+            "workers": self.args.dataloader_num_workers,
+            "cursors": [list(cursor) for cursor in self.cursors.values()],
+            "rows": dict(self.rows),
+            "tokens": dict(self.tokens),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the counts of an earlier part of the run up."""
+        self.rows.update(state["rows"])
+        self.tokens.update(state["tokens"])
+
+    def save_data_state(self, folder: Path) -> None:
+        """Write the data's state beside a checkpoint, in one go."""
+        path = folder / STATE.format(rank=self.args.process_index)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(self.data_state()), encoding="utf-8")
+        draft.rename(path)
+
+
+class _Steps(TrainerCallback):
+    """Calls the trainer back where transformers lets callbacks only."""
+
+    def __init__(self, trainer: VPTTrainer, say: Callable[[str], None]) -> None:
+        self.trainer, self.say = trainer, say
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Say the figures that a person follows."""
+        wanted = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
+        told = [f"{name} {float(logs[name]):.4g}" for name in wanted if name in (logs or {})]
+        if told and state.is_world_process_zero:
+            self.say(f"step {state.global_step}: {', '.join(told)}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The losses of a step are complete."""
+        self.trainer.end_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A checkpoint has been written but for the data's state."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            self.trainer.save_data_state(folder)
