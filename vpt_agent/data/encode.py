@@ -1,7 +1,8 @@
 """A row as token ids and labels: the published layout, label rule and truncation, and ours.
 
 Loss (FACTS section 5): in every assistant turn all tokens up to the end of turn, call tokens
-included, carry loss, but for the control tokens; nothing else does.
+included, carry loss, but for the control tokens; nothing else does. Calls that the row's ``meta``
+lists under ``forced_calls`` came from outside and carry none.
 """
 
 from __future__ import annotations
@@ -260,6 +261,7 @@ class RowEncoder:
     def _target(self, text: str, calls: int, row: Row) -> tuple[Span, ...]:
         """The assistant's turn as spans, its calls apart from its words."""
         spans: list[Span] = []
+        outside = row.meta.get("forced_calls", ())
         state, begun = self.grammar.start, list[int]()
         ids = self._assistant_ids(text, row)
         for i in ids:
@@ -269,7 +271,7 @@ class RowEncoder:
                 before = begun[: len(begun) - len(event.tokens)]
                 spans += [Span("sampled", tuple(before))] if before else []
                 calls += 1
-                spans += self._call_spans(event, f"call_{calls}")
+                spans += self._call_spans(event, f"call_{calls}", outside=calls in outside)
                 begun = []
             elif event is not None:
                 self._refuse_call(event.message, row)
@@ -282,7 +284,10 @@ class RowEncoder:
         if self.rules == "strict":
             raise UserError("a call in a row cannot be read", where=row.where, got=message)
 
-    def _call_spans(self, call: ParsedCall, name: str) -> Iterator[Span]:
+    def _call_spans(self, call: ParsedCall, name: str, *, outside: bool) -> Iterator[Span]:
+        if outside:  # nobody learns to make a call that was put upon the model
+            yield Span("forced", call.tokens, kind=call.kind, call_id=name)
+            return
         controls = self.table.control_ids
         run: list[int] = []
         for i in call.tokens:
