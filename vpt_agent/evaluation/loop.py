@@ -74,13 +74,16 @@ def evaluate(
     store = ResultStore(out, _manifest(agents, settings, seed=seed, chunk=chunk, count=len(named)))
     ids = list(named)
     known = {(s.item, s.setting, s.kind): s for s in read_states(store.folder)}
-    told = _Told(progress, len(ids) * len(settings), len(store.done))
+    chunks = [range(start, min(start + chunk, len(ids))) for start in range(0, len(ids), chunk)]
+    total = sum(len(c) for c in chunks for s in settings if s.most is None or c.start < s.most)
+    told = _Told(progress, total, len(store.done))
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
-        if all((i, s.name) in store.done for i in part for s in settings):
+        asked = [s for s in settings if s.most is None or start < s.most]
+        if all((i, s.name) in store.done for i in part for s in asked):
             continue
         job = _Chunk([named[i]() for i in part], known, seed, score, limits, store, told)
-        for setting in settings:
+        for setting in asked:
             job.ask(agents[setting.name], setting, batch)
     return store
 
@@ -256,7 +259,8 @@ class _Chunk:
         grid, policy = None, "published"
         if isinstance(agent, PerceptionAgent):
             rows = agent.engine.table.rows
-            grid = next((r.kind.grid for r in rows if r.kind.payload == "grid"), None)
+            if not item.crops:  # those say exactly what to show; boxes are asked for in cells
+                grid = next((r.kind.grid for r in rows if r.kind.payload == "grid"), None)
             policy = agent.abilities.regions
         return Counterfactual(
             setting.switches,

@@ -85,7 +85,7 @@ def describe_states(states: Sequence[State], *, seed: int = 0, shuffles: int = 2
         between=_between(x, types),
         purity=_purity(_clusters(x, len(by_type), rng), types),
         variance=[float(v) for v in variance[:8]],
-        points=points[:, :2].tolist(),
+        points=points[:, :2].round(4).tolist(),
         types=types.tolist(),
     )
 

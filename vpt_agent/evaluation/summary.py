@@ -31,8 +31,9 @@ def summarise(folders: Path | str | Sequence[Path | str], *, seed: int = 0) -> F
     """The figures of one evaluation, of one folder or of several that share the work.
 
     Keys: ``models``, ``machine``, ``settings`` (as recorded), ``results`` by setting (see
-    :func:`setting_figures`), ``differences`` by setting against the same call without a switch, and
-    of it against no tools; ``regions``, ``choices``, ``states`` by kind. All plain JSON.
+    :func:`setting_figures`), ``differences``: of every switched setting from the same call without
+    a switch, and of every other from each one that has no tools (baselines too); ``regions`` and
+    ``choices`` by setting, ``states`` by kind. All plain JSON.
     """
     paths = [folders] if isinstance(folders, str | Path) else list(folders)
     if not paths:
@@ -142,23 +143,32 @@ def _differences(
     known: Mapping[str, Mapping[str, Any]],
     plain: Mapping[str, Mapping[str, Any]],
     seed: int,
-) -> Figures:
-    found: Figures = {}
+) -> list[Figures]:
+    found: list[Figures] = []
     for name, rows in by_setting.items():
-        setting = known.get(name)
-        if setting is None:
+        if name not in known or not rows:
             continue
-        choice = setting["tool_choice"] if name not in plain else "none"
-        against = next((n for n, s in plain.items() if s["tool_choice"] == choice), None)
-        if against is None or against == name:
-            continue
-        types = sorted({r.type for r in rows if r.counts})
-        other = by_setting[against]
-        found[name] = {
-            "against": against,
-            "all": paired(rows, other, seed=seed),
-            "by_type": {t: paired(rows, other, type=t, seed=seed) for t in types},
-        }
+        choice = known[name]["tool_choice"]
+        switched = name not in plain
+        if not switched and choice == "none":
+            continue  # what others are compared with
+        for against, other in plain.items():
+            if other["tool_choice"] != (choice if switched else "none") or against == name:
+                continue
+            if not by_setting[against]:
+                continue
+            types = sorted({r.type for r in rows if r.counts})
+            found.append(
+                {
+                    "setting": name,
+                    "against": against,
+                    "switched": switched,
+                    "all": paired(rows, by_setting[against], seed=seed),
+                    "by_type": {
+                        t: paired(rows, by_setting[against], type=t, seed=seed) for t in types
+                    },
+                }
+            )
     return found
 
 

@@ -239,7 +239,9 @@ class Setting:
     ``tool_choice`` is ``none`` (no tools), ``auto`` (free choice), ``required``, or a tool's name
     (a forced kind). ``donors`` names the setting whose control states a swap takes, ``donor_type``
     whether from a question of the ``same`` or ``another`` type. ``states`` keeps the control
-    states of this setting's runs: for swaps and for :mod:`vpt_agent.evaluation.states`.
+    states of this setting's runs: for swaps and for :mod:`vpt_agent.evaluation.states`. ``most``
+    asks only the first so many items, up to whole chunks: switches cost as much as what they
+    change, and need fewer items to show a large effect.
     """
 
     name: str
@@ -248,6 +250,7 @@ class Setting:
     donors: str = ""
     donor_type: Literal["any", "same", "another"] = "any"
     states: bool = False
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name:

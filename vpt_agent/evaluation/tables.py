@@ -81,11 +81,11 @@ def _exact(figures: Figures, untrained: Sequence[str]) -> Table:
 def _differences(figures: Figures) -> Table:
     types = _types(figures)
     rows = []
-    for name, found in figures["differences"].items():
-        p = found["all"]["p"]
+    for found in figures["differences"]:
+        p = found["all"].get("p")
         rows.append(
             (
-                name,
+                found["setting"],
                 found["against"],
                 interval_text(found["all"], signed=True),
                 "-" if p is None else f"{p:.2g}",
@@ -150,12 +150,18 @@ def _regions(figures: Figures) -> Table:
 def _choices(figures: Figures) -> Table:
     rows = []
     for setting, found in figures["choices"].items():
-        rows.append((setting, "needed, and called", "-", interval_text(found["needed_called"])))
-        rows.append((setting, "needless, and not", "-", interval_text(found["needless_avoided"])))
+        rows.append((setting, "items that need a call", "-", interval_text(found["needed_called"])))
+        rows.append(
+            (setting, "items that need none", "-", interval_text(found["needless_avoided"]))
+        )
         for kind, r in found["by_kind"].items():
             rows.append((setting, kind, interval_text(r["precision"]), interval_text(r["recall"])))
     return Table(
-        "Free choice against need", ("setting", "kind", "precision", "recall"), tuple(rows)
+        "Free choice against need",
+        ("setting", "of", "precision", "recall"),
+        tuple(rows),
+        "Items that need a call: the share in which every need was met by one. Items that need "
+        "none: the share without a call.",
     )
 
 

@@ -207,3 +207,16 @@ def test_the_standard_settings_leave_untrained_kinds_out() -> None:
     for wanted in ("condition=zero", "state=zero", "token=ordinary", "crop=random", "crop=black",
                    "crop=true", "result=empty", "result=markers"):  # fmt: skip
         assert wanted in thrown
+
+
+def test_a_setting_for_the_first_items_only(tmp_path: Path) -> None:
+    few = Setting(name="few", tool_choice="none", most=2)
+    told: list[str] = []
+    items = [item(n) for n in range(5)]
+    evaluate(
+        tiny_agent(), items, [NO_TOOLS, few], tmp_path, chunk=2, limits=LIMITS, progress=told.append
+    )
+    rows = list(read_rows(tmp_path))
+    assert sorted(r.item for r in rows if r.setting == "few") == ["i0", "i1"]
+    assert len(rows) == 7
+    assert told[-1].startswith("7 of 7 asked")

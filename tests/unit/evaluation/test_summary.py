@@ -39,12 +39,12 @@ def test_settings_are_compared_on_the_same_items() -> None:
     figures = figures_of(outcomes, [], SETTINGS)
     assert figures["results"]["region"]["exact"]["value"] == 0.75
     assert figures["results"]["region"]["by_type"]["a"]["n"] == 20
-    lost = figures["differences"]["region, random region"]
-    assert lost["against"] == "region"
+    gain, lost = figures["differences"]
+    assert (lost["setting"], lost["against"]) == ("region, random region", "region")
     assert lost["all"]["value"] == -0.5
     assert (lost["all"]["only_first"], lost["all"]["only_second"]) == (0, 20)
     assert lost["all"]["p"] == pytest.approx(2 / 2**20)
-    assert figures["differences"]["region"]["against"] == "no tools"
+    assert (gain["setting"], gain["against"]) == ("region", "no tools")
     assert figures["results"]["region, random region"]["skipped"] == 1
 
 

@@ -1,0 +1,194 @@
+"""Scenes as items, and the page of all figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vpt_agent.cli import app
+from vpt_agent.errors import MissingExtraError, UserError
+from vpt_agent.evaluation import (
+    FREE,
+    NO_TOOLS,
+    Called,
+    Outcome,
+    State,
+    control_settings,
+    crop_settings,
+    figures_of,
+)
+from vpt_agent.evaluation.runs import verdict
+from vpt_agent.evaluation.store import ResultStore
+from vpt_agent.nano.report import question_type, report, scene_items
+from vpt_agent.nano.scene import make_scene
+from vpt_agent.tokens.table import CLIP, REGION
+from vpt_agent.types import Box
+
+SETTINGS = [NO_TOOLS, FREE, *crop_settings(REGION), *control_settings(CLIP)]
+
+
+def figures() -> dict[str, Any]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows = [
+        Outcome(
+            f"i{n}",
+            setting.name,
+            type=("colour", "shape", "<b>place</b>")[n % 3],
+            score=float(rng.random() < (0.1 if setting.switches or setting is NO_TOOLS else 0.8)),
+            calls=() if setting is NO_TOOLS else (Called("crop_region", "region", "forced"),),
+            boxes=((0.0, 0.0, 60.0, 60.0),),
+            true=((10.0, 10.0, 40.0, 30.0 + 40 * (n % 2)),),
+            size=(400, 300),
+            needs=(("region",),) if n % 4 else (),
+        )
+        for setting in SETTINGS
+        for n in range(24)
+    ]
+    states = [
+        State(f"i{n}", "clip", "clip", ("a", "b")[n % 2], rng.normal(size=(1, 8)) + n % 2 * 3)
+        for n in range(24)
+    ]
+    model = {"name": "m<", "untrained": ["dino"], "weights_sha256": None}
+    return {
+        "models": {s.name: model for s in SETTINGS},
+        "machine": {"date": "2026-01-01T00:00", "processor": "p", "versions": {}},
+        "settings": [s.to_dict() for s in SETTINGS],
+        **figures_of(rows, states, [s.to_dict() for s in SETTINGS]),
+    }
+
+
+GROUP: dict[str, Any] = {
+    "name": "Grid",
+    "question": "how fine?",
+    "measure": "exact match",
+    "expected": ["k = 8", "k = 4"],
+    "runs": [
+        {
+            "name": f"k = {k}",
+            "seed": seed,
+            "figures": {"exact match": {"value": v, "low": v - 0.03, "high": v + 0.03, "n": 500}},
+        }
+        for k, v in ((8, 0.8), (4, 0.6))
+        for seed in (0, 1)
+    ]
+    + [{"name": "k = 32", "seed": 0, "missing": "no time left"}],
+}
+
+
+def written(folder: Path) -> list[Path]:
+    perception = folder / "perception.json"
+    data = {"benchmark": "perception", "untrained": ["dino"], "splits": {"train": figures()}}
+    perception.write_text(json.dumps(data))
+    ablations = folder / "ablations.json"
+    ablations.write_text(
+        json.dumps({"benchmark": "ablations", "about": "few scenes", "groups": [GROUP]})
+    )
+    return [perception, ablations]
+
+
+def test_a_scene_as_an_item() -> None:
+    items = scene_items(3, split="unseen", first=5)
+    assert list(items) == ["unseen-5", "unseen-6", "unseen-7"]
+    item = items["unseen-6"]()
+    scene = make_scene(6, split="unseen")
+    asked = scene.questions[0]
+    assert (item.question, item.answer) == (asked.question, asked.answer)
+    assert item.boxes == (Box(*asked.regions[0]),)
+    assert item.needs == (("region",),)
+    assert item.picture().tobytes() == scene.image.tobytes()
+    (shown,) = item.shown
+    left, top, right, bottom = asked.regions[0]
+    assert shown.left <= left
+    assert shown.top <= top
+    assert shown.right >= right
+    assert shown.bottom >= bottom
+    assert shown.width < scene.size[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("question", "type"),
+    [
+        ("What does the red tag say?", "colour"),
+        ("Read the arrow-shaped label.", "shape"),
+        ("What is written on the pink oval sign?", "colour and shape"),
+        ("Which text is on the tag at the top left?", "place"),
+        ("Read the lowest sign.", "place"),
+    ],
+)
+def test_types_of_questions(question: str, type: str) -> None:
+    assert question_type(question) == type
+
+
+def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
+    page = report(written(tmp_path), tmp_path / "out")
+    text = page.read_text()
+    for title in ("Exact match", "Differences on the same items", "Regions against true boxes",
+                  "Free choice against need", "Control states by type of question",
+                  "Grid: how fine?"):  # fmt: skip
+        assert f"<h3>{title}</h3>" in text
+    assert "&lt;b&gt;place&lt;/b&gt;" in text
+    assert "<b>" not in text
+    assert "untrained" in text
+    assert "no time left" in text
+    assert "k = 8 &gt; k = 4 (exact match): confirmed" in text
+    pictures = re.findall(r'<img src="([^"]+)"', text)
+    assert len(pictures) == 6
+    for name in pictures:
+        with Image.open(page.parent / name) as picture:
+            assert min(picture.size) > 100
+            assert len(set(picture.convert("L").tobytes())) > 10
+
+
+def test_the_command_writes_it(tmp_path: Path) -> None:
+    paths = [str(p) for p in written(tmp_path)]
+    out = tmp_path / "page"
+    result = CliRunner().invoke(app, ["nano", "report", *paths, "--out", str(out)])
+    assert result.exit_code == 0, result.stderr
+    assert Path(result.stdout.strip()) == out / "report.html"
+
+
+def test_a_folder_of_an_evaluation_is_shown(tmp_path: Path) -> None:
+    told = figures()
+    store = ResultStore(tmp_path / "e", {k: told[k] for k in ("models", "machine", "settings")})
+    store.add([Outcome("a", "free choice", score=1.0)])
+    text = report([tmp_path / "e"], tmp_path / "out").read_text()
+    assert "Evaluation e" in text
+    assert "1.000 [0.21, 1.00]" in text
+
+
+def test_an_order_is_open_where_intervals_meet_or_runs_lack() -> None:
+    assert verdict(GROUP) == "confirmed"
+    assert verdict({**GROUP, "expected": ["k = 4", "k = 8"]}) == "contradicted"
+    assert verdict({**GROUP, "expected": ["k = 8", "k = 32"]}) == "open: not run: k = 32"
+    near = [dict(run) for run in GROUP["runs"][:4]]
+    for run in near:
+        run["figures"] = {"exact match": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
+    assert verdict({**GROUP, "runs": near}) == "open: the intervals overlap"
+
+
+def test_what_is_no_result_is_told(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"benchmark": "speed"}')
+    with pytest.raises(UserError, match="no results that a report can show"):
+        report([other], tmp_path / "out")
+    with pytest.raises(UserError, match="these results cannot be read"):
+        report([tmp_path / "none.json"], tmp_path / "out")
+    with pytest.raises(UserError, match="no results were given"):
+        report([], tmp_path / "out")
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"vpt-agent\[plots\]"):
+        report(written(tmp_path), tmp_path / "out")
