@@ -115,3 +115,20 @@ def evaluate(
         if not isinstance(value, dict):
             number = f"{value:.4g}" if isinstance(value, float) else str(value)
             typer.echo(f"{name.replace('_', ' ')}: {number}")
+
+
+@app.command()
+@clear_errors
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="JSON files of the benchmarks, or folders of evaluations."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write the page and its plots into.")],
+) -> None:
+    """Show what was measured: tables and plots on one page (needs the extra plots)."""
+    from vpt_agent.nano.report import report as write_report
+
+    with writing(out):
+        page = write_report(results, out)
+    typer.echo(str(page))
