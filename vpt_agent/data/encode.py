@@ -22,6 +22,7 @@ from vpt_agent.tokens.table import (
     PUBLISHED,
     PerceptionKind,
     PerceptionTable,
+    ResolvedKind,
     ResolvedTable,
 )
 from vpt_agent.types import Record, Span, View
@@ -317,10 +318,23 @@ class RowEncoder:
                 fix="make the row for the model's own kinds",
             )
         ids: list[int] = []
+        begun: ResolvedKind | None = None
         for piece in self._call_text.split(text):
             known = self._calls.get(piece)
-            ids += self.layout.encode_text(piece) if known is None else [known]
+            if known is None:
+                ids += self._payload_ids(piece, begun) or self.layout.encode_text(piece)
+            else:
+                ids.append(known)
+                begun = self.table.by_start(known)
         return ids
+
+    @staticmethod
+    def _payload_ids(text: str, begun: ResolvedKind | None) -> list[int]:
+        """A text payload, one character a token, as models generate it; [] for what is none."""
+        if begun is None or begun.kind.payload != "text":
+            return []
+        ids = dict(zip(begun.kind.characters, begun.characters, strict=True))
+        return [ids[c] for c in text] if set(text) <= set(ids) else []
 
     # --- length -------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from vpt_agent.data import Dropped, Encoded, RowEncoder, Rules, labels_of, read_row
 from vpt_agent.errors import UserError
 from vpt_agent.prompt.vpt import VPTLayout
-from vpt_agent.tokens import PerceptionTable
+from vpt_agent.tokens import PerceptionTable, own_kind
 from vpt_agent.types import Box, View
 from vpt_agent.vision import PUBLISHED_POLICY
 
@@ -200,3 +201,32 @@ def test_a_prompt_needs_room_for_its_answer() -> None:
 def test_a_length_has_tokens() -> None:
     with pytest.raises(UserError, match=r"at least one token; where: max_length; got: 0"):
         encoder(0)
+
+
+def test_calls_from_outside_carry_no_loss() -> None:
+    texts = ("<image>\nq", f"{REGION}{CALL}", "<image><clip_image>", "ok")
+    row = row_of(*texts)
+    learnt = encode(*texts)
+    got = encoder().encode(replace(row, meta={"forced_calls": [1]}), VIEWS)
+    assert isinstance(got, Encoded)
+    assert got.record.ids == learnt.record.ids
+    calls = [(s.source, s.call_id) for s in got.record.spans if s.call_id and s.view is None]
+    assert calls[:2] == [("forced", "call_1"), ("sampled", "call_2")]
+    assert text_of(got.labels) == ("<|clip_action_start|><|clip_action_end|><|im_end|>ok<|im_end|>")
+
+
+def test_the_text_of_a_call_is_one_token_a_character() -> None:
+    kind = own_kind("lookup", payload="text", pattern="[A-Z0-9]{1,4}", argument="key")
+    tokenizer = AutoTokenizer.from_pretrained(str(GOLDEN / "clip_tied"))
+    tokenizer.add_tokens([kind.start, kind.end])
+    own = VPTLayout(tokenizer, PerceptionTable((kind,)))
+    enc = RowEncoder(own, PUBLISHED_POLICY)
+    row = row_of("q", f"see {kind.call_text(text='THE1')}", "a result", "THE1")
+    got = enc.encode(row, {})
+    assert isinstance(got, Encoded)
+    (call,) = [s for s in got.record.spans if s.call_id == "call_1"]
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in (kind.start, *"THE1", kind.end)]
+    assert list(call.ids) == ids
+    assert call.source == "sampled"
+    with pytest.raises(UserError, match=r"a call in a row cannot be read"):
+        enc.encode(row_of("q", f"{kind.start}the{kind.end}"), {})

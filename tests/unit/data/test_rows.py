@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vpt_agent.data import ImageRef, parse_image_path, read_row, row_views
+from vpt_agent.data import ImageRef, RowError, parse_image_path, read_row, row_json, row_views
 from vpt_agent.errors import ImageError, UserError
 from vpt_agent.types import Box
 
@@ -129,3 +129,34 @@ def test_a_crop_must_lie_inside_its_picture(tmp_path: Path) -> None:
         row_views(read_row(row(images=[f"{tmp_path}/a.png_0,0,41,30"])))
     with pytest.raises(ImageError, match=r"there is no such file"):
         row_views(read_row(row(images=["b.png"])), folder=tmp_path)
+
+
+def test_what_else_is_known_travels_with_the_row() -> None:
+    known = {"type": "colour", "regions": [[0, 1, 2, 3]], "tools": ["region"], "answer": "a cat"}
+    got = read_row(row(meta=known | {"id": None}))
+    assert got.meta == known
+    assert row_json(got) == row(meta=known)
+    assert read_row(row_json(got)) == got
+    assert "meta" not in row_json(read_row(row()))
+    for wrong in ("colour", {1: 2}):
+        with pytest.raises(RowError, match=r"known of a row is a JSON object; where: row, meta"):
+            read_row(row(meta=wrong))
+
+
+def test_crops_and_lists_are_written_as_they_are_read() -> None:
+    ask = {"role": "user", "content": "<image><image><clip_image>"}
+    data = row(messages=[ask, SAY], images=["a.png", "a.png_1,2,3,4"], clip_images=["b.png"])
+    assert row_json(read_row(data)) == data
+    assert row_json(read_row(row(messages=[{"role": "user", "content": "q"}, SAY], images=[]))) == {
+        "messages": [{"role": "user", "content": "q"}, SAY],
+        "images": [],
+    }
+
+
+def test_errors_say_of_what_kind_they_are() -> None:
+    problems = {}
+    for data in ([1], row(depth=1), row(images=[]), row(images=["a_1,2"])):
+        with pytest.raises(RowError) as caught:
+            read_row(data)
+        problems[caught.value.problem] = caught.value.what
+    assert list(problems) == ["not_a_row", "unknown_keys", "counts", "paths"]
