@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vpt_agent.data import Depth, Row, RowEncoder, Rows
     from vpt_agent.data.builder import Annotation
     from vpt_agent.data.rows import RowError
+    from vpt_agent.model import VPTProcessor
     from vpt_agent.tokens import PerceptionTable
 
 app = typer.Typer(no_args_is_help=True, help="Rows to train on: check, show, build, convert.")
@@ -37,6 +38,9 @@ Ignore = Annotated[
 ]
 Grid = Annotated[int, typer.Option(help="Cells a side of regions: 4, 8, 16 or 32.")]
 Controls = Annotated[int, typer.Option(min=1, help="Control tokens of a call.")]
+Model = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or hub name: its kinds, grids and controls.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out, and count them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over files that are there.")]
@@ -53,10 +57,20 @@ def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
     return pairs
 
 
-def _table(grid: int, controls: int) -> PerceptionTable:
+def _table(grid: int, controls: int, model: str | None = None) -> PerceptionTable:
+    """A checkpoint's kinds, or the published ones."""
+    if model is not None:
+        return _processor(model).table
     from vpt_agent.tokens import PerceptionTable
 
     return PerceptionTable.published(ENCODERS, grid=grid, controls=controls)
+
+
+def _processor(model: str) -> VPTProcessor:
+    from vpt_agent.model import VPTProcessor
+    from vpt_agent.model.checkpoint import find_checkpoint
+
+    return VPTProcessor.from_pretrained(find_checkpoint(model))
 
 
 def _load(
@@ -66,6 +80,7 @@ def _load(
     column: list[str] | None,
     ignore: list[str] | None,
     *,
+    table: PerceptionTable | None = None,
     skip: bool = False,
 ) -> Rows:
     from vpt_agent.data import load_rows
@@ -76,6 +91,7 @@ def _load(
         remap=_pairs(remap, "--remap"),
         columns=_pairs(column, "--column"),
         ignore=ignore or (),
+        own_tags=[kind.tag for kind in table.kinds] if table is not None else (),
         on_error="skip" if skip else "raise",
     )
 
@@ -99,13 +115,15 @@ def check(
     ] = "headers",
     grid: Grid = 8,
     controls: Controls = 1,
+    model: Model = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every row and say what is wrong. Ends with 1 if anything is."""
-    report = _load(file, folder, remap, column, ignore).check(
+    table = _table(grid, controls, model)
+    report = _load(file, folder, remap, column, ignore, table=table).check(
         pictures=_depth(pictures),
-        table=_table(grid, controls),
+        table=table,
         limit=limit,
     )
     if as_json:
@@ -137,16 +155,18 @@ def show(
     column: Column = None,
     ignore: Ignore = None,
     grid: Grid = 8,
+    model: Model = None,
 ) -> None:
     """Draw the regions and crops of rows on their pictures."""
+    table = _table(grid, 1, model)
     from vpt_agent.data.draw import show_rows
 
-    rows = _load(file, folder, remap, column, ignore)
+    rows = _load(file, folder, remap, column, ignore, table=table)
     numbers = row or list(range(min(first, len(rows))))
     outside = [n for n in numbers if not 0 <= n < len(rows)]
     if outside:
         raise UserError("there is no such row", got=outside, expected=f"0..{len(rows) - 1}")
-    for path in show_rows({n: rows[n] for n in numbers}, out, table=_table(grid, 1)):
+    for path in show_rows({n: rows[n] for n in numbers}, out, table=table):
         note("written", str(path))
 
 
@@ -170,9 +190,10 @@ def stats(
     """Count rows, calls and pictures; with a checkpoint, tokens."""
     from vpt_agent.data.stats import row_stats
 
-    rows = _load(file, folder, remap, column, ignore, skip=skip_bad)
+    table = _table(grid, controls, model)
+    rows = _load(file, folder, remap, column, ignore, table=table, skip=skip_bad)
     if model is None:
-        found = row_stats(rows, table=_table(grid, controls)).to_dict()
+        found = row_stats(rows, table=table).to_dict()
     else:
         found = row_stats(rows, encoder=_encoder(model, max_length)).to_dict()
     _told_bad(rows)
@@ -188,11 +209,9 @@ def stats(
 
 def _encoder(model: str, max_length: int) -> RowEncoder:
     from vpt_agent.data import RowEncoder
-    from vpt_agent.model import VPTProcessor
-    from vpt_agent.model.checkpoint import find_checkpoint
     from vpt_agent.prompt.vpt import VPTLayout
 
-    processor = VPTProcessor.from_pretrained(find_checkpoint(model))
+    processor = _processor(model)
     layout = VPTLayout(processor.tokenizer, processor.table)
     return RowEncoder(layout, processor.policy, max_length=max_length)
 
@@ -240,6 +259,7 @@ def build(
     pictures: Pictures = None,
     grid: Grid = 8,
     controls: Controls = 1,
+    model: Model = None,
     trigger: Trigger = 1.0,
     instruction: Annotated[str, typer.Option(help="A line after each question.")] = "",
     cover: Annotated[bool, typer.Option("--cover", help="Crops without a cell of margin.")] = False,
@@ -254,10 +274,11 @@ def build(
     """Make rows: of questions and answers with boxes, or of recorded runs."""
     from vpt_agent.data.builder import Recipe, build_rows, write_rows
 
+    table = _table(grid, controls, model)
     if Path(source).is_dir() and not dataset:
-        made, told = _from_runs(Path(source), pictures, skip_bad=skip_bad)
+        made, told = _from_runs(Path(source), pictures, table, skip_bad=skip_bad)
     else:
-        table, shares, fields = _table(grid, controls), _shares(share), _pairs(column, "--column")
+        shares, fields = _shares(share), _pairs(column, "--column")
         recipe = Recipe(
             shares=shares, table=table, trigger=trigger, instruction=instruction, merge=merge,
             regions="cover" if cover else "published", rows=rows, seed=seed,
@@ -335,7 +356,7 @@ def _annotations(
 
 
 def _from_runs(
-    source: Path, pictures: Path | None, *, skip_bad: bool
+    source: Path, pictures: Path | None, table: PerceptionTable, *, skip_bad: bool
 ) -> tuple[list[Row], dict[str, Any]]:
     from vpt_agent.data.builder import rows_from_trace, run_folders
     from vpt_agent.data.rows import RowError
@@ -343,7 +364,7 @@ def _from_runs(
     made: list[Row] = []
     left_out: list[str] = []
     for folder in run_folders(source):
-        for item in rows_from_trace(folder, pictures=pictures):
+        for item in rows_from_trace(folder, table=table, pictures=pictures):
             if not isinstance(item, RowError):
                 made.append(item)
             elif skip_bad:

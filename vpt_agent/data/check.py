@@ -153,17 +153,17 @@ def _unanswered(
     for tag in row.pictures:
         words = words.replace(tag, "")
     only_pictures = not _LABEL.sub("", words).strip()
-    for kind in table.kinds:
-        if kind.encoder == "none":
-            continue
-        calls, shown = asked[kind.name], text.count(kind.tag)
+    # Kinds that show pictures through the base tower share a tag: their calls count together.
+    for tag in dict.fromkeys(kind.tag for kind in table.kinds if kind.encoder != "none"):
+        calls = sum(asked[k.name] for k in table.kinds if k.tag == tag and k.encoder != "none")
+        shown = text.count(tag)
         # Pictures may be given later too, so that only crops need a call; and a call that failed
         # is answered in words.
-        needs_call = crops if kind.tag == IMAGE_TAG else shown
+        needs_call = crops if tag == IMAGE_TAG else shown
         if needs_call > calls or (calls > shown and only_pictures):
             yield RowError(
                 "results",
                 "the calls of a turn and the results after it differ in number",
                 where=f"{row.where}, message {index}",
-                got=f"{calls} {kind.name} calls, {shown} {kind.tag}",
+                got=f"{calls} calls, {shown} {tag}",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 from vpt_agent.data.check import Depth, problems
 from vpt_agent.data.files import IndexedItems, Item, Items, JsonFile, open_items
@@ -26,7 +26,8 @@ class Reading:
     to others, the longest first, before ``folder``. ``columns`` renames keys: rows that keep their
     clip pictures under the name of the published dataset description are read with
     ``{"depth_images": "clip_images"}``. ``table`` re-targets rows to the kinds of a model, with
-    ``encoder`` where it has several (see :func:`retarget`). ``ignore`` and ``rules`` as in
+    ``encoder`` where it has several (see :func:`retarget`). ``own_tags`` are tags of kinds of one's
+    own whose lists may stand in rows, where there is no ``table``. ``ignore`` and ``rules`` as in
     :func:`read_row`; ``pictures`` says how far pictures are checked on reading.
     """
 
@@ -35,15 +36,24 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)
     table: PerceptionTable | None = None
     encoder: str | None = None
+    own_tags: Sequence[str] = ()
     ignore: Collection[str] = ()
     rules: Rules = "strict"
     pictures: Depth = "none"
+
+    def __post_init__(self) -> None:
+        if self.pictures not in get_args(Depth):
+            raise UserError(
+                "unknown depth of checking",
+                got=self.pictures,
+                expected=", ".join(get_args(Depth)),
+            )
 
     @property
     def tags(self) -> tuple[str, ...]:
         """Tags that may stand in rows: the published ones and the model's own."""
         own = (kind.tag for kind in self.table.kinds) if self.table is not None else ()
-        return tuple(dict.fromkeys((*PUBLISHED_TAGS, *own)))
+        return tuple(dict.fromkeys((*PUBLISHED_TAGS, *own, *self.own_tags)))
 
     def row(self, item: Item) -> Row:
         """The row of an item; what is wrong with it is a :class:`RowError`."""
@@ -226,6 +236,7 @@ def load_rows(
     columns: Mapping[str, str] | None = None,
     table: PerceptionTable | None = None,
     encoder: str | None = None,
+    own_tags: Sequence[str] = (),
     ignore: Collection[str] = (),
     rules: Rules = "strict",
     pictures: Depth = "none",
@@ -244,7 +255,11 @@ def load_rows(
             got=type(source).__name__,
             fix="use stream_rows",
         )
-    reading = _reading(items, folder, remap, columns, table, encoder, ignore, rules, pictures)
+    reading = Reading(
+        folder=_folder(folder, items), remap=dict(remap or {}), columns=dict(columns or {}),
+        table=table, encoder=encoder, own_tags=own_tags, ignore=ignore, rules=rules,
+        pictures=pictures,
+    )  # fmt: skip
     return Rows(items, reading, on_error)
 
 
@@ -256,6 +271,7 @@ def stream_rows(
     columns: Mapping[str, str] | None = None,
     table: PerceptionTable | None = None,
     encoder: str | None = None,
+    own_tags: Sequence[str] = (),
     ignore: Collection[str] = (),
     rules: Rules = "strict",
     pictures: Depth = "none",
@@ -264,34 +280,15 @@ def stream_rows(
     """As :func:`load_rows`, for any iterable too: a streamed table of `datasets`
     (:func:`open_dataset`), or whatever can be iterated again and gives the JSON objects."""
     items = open_items(source)
-    reading = _reading(items, folder, remap, columns, table, encoder, ignore, rules, pictures)
+    reading = Reading(
+        folder=_folder(folder, items), remap=dict(remap or {}), columns=dict(columns or {}),
+        table=table, encoder=encoder, own_tags=own_tags, ignore=ignore, rules=rules,
+        pictures=pictures,
+    )  # fmt: skip
     return RowStream(items, reading, on_error)
 
 
-def _reading(
-    items: Items,
-    folder: str | Path | None,
-    remap: Mapping[str, str] | None,
-    columns: Mapping[str, str] | None,
-    table: PerceptionTable | None,
-    encoder: str | None,
-    ignore: Collection[str],
-    rules: Rules,
-    pictures: Depth,
-) -> Reading:
-    if pictures not in ("none", "headers", "pixels"):
-        raise UserError(
-            "unknown depth of checking", got=pictures, expected="none, headers or pixels"
-        )
-    if folder is None and isinstance(items, JsonFile):
-        folder = items.path.parent
-    return Reading(
-        folder=None if folder is None else Path(folder),
-        remap=dict(remap or {}),
-        columns=dict(columns or {}),
-        table=table,
-        encoder=encoder,
-        ignore=tuple(ignore),
-        rules=rules,
-        pictures=pictures,
-    )
+def _folder(folder: str | Path | None, items: Items) -> Path | None:
+    if folder is None:
+        return items.path.parent if isinstance(items, JsonFile) else None
+    return Path(folder)
