@@ -29,6 +29,7 @@ from vpt_agent.tokens.table import (
     REGION_TRIGGER,
     PerceptionKind,
     PerceptionTable,
+    own_kind,
 )
 from vpt_agent.types import Box
 
@@ -391,3 +392,21 @@ def test_coco(small: Path) -> None:
     (folder / "odd.json").write_text('{"a": 1}', encoding="utf-8")
     with pytest.raises(UserError, match=r"holds no list of entries; where: .*odd\.json"):
         list(CocoAnnotations(folder / "boxes.json", folder / "odd.json"))
+
+
+def test_a_text_kind_takes_its_argument_from_the_annotation(small: Path) -> None:
+    kind = own_kind("lookup", payload="text", pattern="[A-Z]{1,4}", argument="key")
+    asked = recipe(table=PerceptionTable((kind,)), shares={"lookup": 1, "direct": 1})
+    found = Annotation(str(small), "q", "a", argument="KEY", result="seven")
+    texts = [m.content for m in make_row(found, "lookup", asked).messages]
+    assert texts[1:3] == [kind.call_text(text="KEY"), "seven"]
+    without = Annotation(str(small), "q", "a", result="seven")
+    assert build_rows([without, found], asked).kinds == {"lookup": 1, "direct": 1}
+    with pytest.raises(RowError, match=r"a row of the kind lookup needs the argument"):
+        make_row(without, "lookup", asked)
+
+
+def test_a_folder_for_pictures_must_be_one(small: Path) -> None:
+    item = {"image": small.read_bytes(), "question": "q", "answer": "a"}
+    with pytest.raises(UserError, match=r"a picture cannot be written; where: .*a\.png"):
+        list(Annotations([item], pictures=small / "pictures"))

@@ -191,3 +191,25 @@ def test_run_folders_are_found(image: Image.Image, tmp_path: Path) -> None:
     assert run_folders(tmp_path) == (tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match=r"no recorded runs here; where: .*; do: record with"):
         run_folders(tmp_path / "none")
+
+
+def test_results_inside_a_turn_make_no_row(image: Image.Image) -> None:
+    agent = PerceptionAgent.from_script(["Yes."])
+    trace = agent.run("q", image=image).trace
+    changed = Trace()
+    for event in trace.events:
+        inline = event.type == "decoded"
+        changed.emit(event.model_copy(update={"stop": "inline"}) if inline else event)
+    (error,) = rows_from_trace(changed)
+    assert "a result stands inside a turn" in str(error)
+
+
+def test_a_trace_without_its_picture_makes_no_row(image: Image.Image) -> None:
+    agent = PerceptionAgent.from_script(["Yes."])
+    changed = Trace()
+    for event in agent.run("q", image=image).trace.events:
+        first = event.type == "run_started"
+        changed.emit(event.model_copy(update={"views": ()}) if first else event)
+    (error,) = rows_from_trace(changed)
+    assert "a run shows a picture that its trace does not hold" in str(error)
+    assert "got: image_1" in str(error)
