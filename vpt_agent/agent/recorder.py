@@ -151,6 +151,7 @@ class Recorder:
 
     def decoded(self, turn: Turn, seconds: float) -> None:
         """A stretch of decoding, with its sources and what the constraint took."""
+        rules = turn.rules
         for span in turn.spans:
             if span.source == "sampled":
                 self.usage.sampled_tokens += len(span.ids)
@@ -161,6 +162,10 @@ class Recorder:
                 **self._ids(),
                 spans=self._spans(turn.spans),
                 removed_mass=tuple(turn.removed),
+                drawn=tuple(turn.drawn),
+                first=tuple(sorted(rules.first or ())) if rules else (),
+                banned=tuple(sorted(rules.banned)) if rules else (),
+                max_calls=rules.max_calls if rules else None,
                 stop=turn.stop,
                 seconds=seconds,
             )

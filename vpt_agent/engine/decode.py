@@ -42,6 +42,18 @@ class TurnRules:
     expired: Callable[[], bool] = lambda: False
     on_token: Callable[[int, TokenSource], None] | None = None
 
+    def constraint(
+        self, state: GrammarState, *, opening: bool, started: int
+    ) -> tuple[frozenset[int] | None, frozenset[int]]:
+        """The ids allowed next (None: any) and those banned, in grammar state ``state``.
+
+        ``opening``: this is the turn's first token; ``started`` calls were begun in the turn.
+        """
+        allowed = self.grammar.allowed(state) if self.constrained else None
+        if opening and self.first is not None:
+            allowed = self.first
+        return allowed, self.banned | self.starts if started >= self.max_calls else self.banned
+
 
 @dataclass(frozen=True)
 class TurnCall:
@@ -60,13 +72,17 @@ class Turn:
     ``spans`` nor ``pending``; ``removed`` counts it.
 
     ``removed`` is the probability mass that the constraint took away at each token; -1 where it is
-    not known, since decoding ended before a forced token's logits were needed.
+    not known, since decoding ended before a forced token's logits were needed. ``drawn`` is the log
+    probability with which each token was drawn (:class:`Choice`), 0 for forced ones. ``rules`` are
+    those of the turn.
     """
 
     spans: list[Span] = field(default_factory=list)
     items: list[TurnCall | ParseError] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     removed: list[float] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    rules: TurnRules | None = None
     pending: list[int] = field(default_factory=list)
     stop: Stop = "end"
     stop_id: int | None = None
@@ -89,6 +105,7 @@ class _Chosen:
     source: TokenSource
     logprob: float
     removed: float
+    drawn: float = 0.0
 
 
 def decode_turn(
@@ -152,16 +169,15 @@ class _Decoder:
         if self.logits is None:
             yield from self._flush()
         assert self.logits is not None
-        allowed = rules.grammar.allowed(self.state) if rules.constrained else None
-        if not self.chosen and rules.first is not None:
-            allowed = rules.first
-        banned = rules.banned | rules.starts if self.started >= rules.max_calls else rules.banned
+        allowed, banned = rules.constraint(
+            self.state, opening=not self.chosen, started=self.started
+        )
         if allowed is not None and len(allowed) == 1:
             (only,) = allowed
             p = self.sampler.probability_of(self.logits, only)
             return _Chosen(only, "forced", 0.0, 1.0 - p)
         choice: Choice = self.sampler.choose(self.logits, allowed=allowed, banned=banned)
-        return _Chosen(choice.token, "sampled", choice.logprob, choice.removed)
+        return _Chosen(choice.token, "sampled", choice.logprob, choice.removed, choice.drawn)
 
     def _record(self, picked: _Chosen) -> None:
         self.chosen.append(picked)
@@ -198,6 +214,7 @@ class _Decoder:
         if stop != "inline" and (cut := self.rules.grammar.finish(self.state)) is not None:
             turn.items.append(cut)
         turn.removed = [c.removed for c in self.chosen]
+        turn.drawn, turn.rules = [c.drawn for c in self.chosen], self.rules
         # A special token ends the turn but has no place in the conversation.
         turn.spans = _spans(self.chosen[:-1] if stop == "special" else self.chosen)
         return turn

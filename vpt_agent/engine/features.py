@@ -44,6 +44,10 @@ class FeatureStore:
         self.encoder_calls = 0
         self._kept: OrderedDict[str, _Entry] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget all features: the model's weights have changed."""
+        self._kept.clear()
+
     def key(self, encoder: str, view: View) -> str:
         """What decides the features: encoder, policy, how the view is resized, and the pixels."""
         how = "crop" if view.parent is not None else "whole"

@@ -46,13 +46,16 @@ def _is_whole(value: object) -> bool:
 class Choice:
     """A token, its log probability under the constraint, and the mass the constraint removed.
 
-    ``free`` is what greedy decoding without the constraint would have taken.
+    ``free`` is what greedy decoding without the constraint would have taken. ``drawn`` is the log
+    probability with which the token was drawn: under the constraint, the temperature, top-k and
+    top-p; 0 where decoding is greedy.
     """
 
     token: int
     logprob: float
     removed: float
     free: int
+    drawn: float
 
 
 class Sampler:
@@ -101,13 +104,13 @@ class Sampler:
             mass = torch.logsumexp(kept, -1)
             removed = max(0.0, 1.0 - float(mass.exp()))
             logprobs = kept - mass
-        token = self._pick(logprobs)
-        return Choice(token, float(logprobs[token]), removed, free)
+        token, drawn = self._pick(logprobs)
+        return Choice(token, float(logprobs[token]), removed, free, drawn)
 
-    def _pick(self, logprobs: Tensor) -> int:
+    def _pick(self, logprobs: Tensor) -> tuple[int, float]:
         s = self.sampling
         if s.temperature == 0:
-            return int(logprobs.argmax())
+            return int(logprobs.argmax()), 0.0
         # From the largest down and in double, so that no small temperature overflows.
         scaled = (logprobs - logprobs.max()).double() / s.temperature
         if s.top_k:
@@ -119,7 +122,8 @@ class Sampler:
             drop = ordered.cumsum(-1) - ordered >= s.top_p
             scaled = scaled.index_fill(-1, order[drop], float("-inf"))
         weights = scaled.softmax(-1).cpu()
-        return int(torch.multinomial(weights, 1, generator=self._generator))
+        token = int(torch.multinomial(weights, 1, generator=self._generator))
+        return token, float(weights[token].log())
 
     def probability_of(self, logits: Tensor, token: int) -> float:
         """Probability of ``token`` without any constraint: what a forced token's mass was."""

@@ -197,11 +197,19 @@ class Prefilled(EventBase):
 
 class Decoded(EventBase):
     """A stretch of decoding. ``removed_mass`` is the probability mass that the constraint took
-    away at each token (-1: not known); ``stop`` says why the stretch ended."""
+    away at each token (-1: not known); ``stop`` says why the stretch ended.
+
+    ``drawn`` is the log probability with which each token was drawn, under the constraint and the
+    run's sampling (0: greedy, or no choice). With the grammar, ``first`` (ids that alone could
+    begin the turn, sorted; empty: free), ``banned`` and ``max_calls`` give the constraint again."""
 
     type: Literal["decoded"] = "decoded"
     spans: tuple[SpanInfo, ...]
     removed_mass: tuple[float, ...] = ()
+    drawn: tuple[float, ...] = ()
+    first: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
+    max_calls: int | None = None
     stop: str = ""
     seconds: float = 0.0
 
