@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from vpt_agent.errors import UserError
 from vpt_agent.kernels import splice
 from vpt_agent.model.masking import MaskRule, hidden_stretches, zeroed_positions
 from vpt_agent.model.matching import Place, Plan, make_plan, picture_places
+from vpt_agent.model.memory import FeatureMemory, check_keys, encode_once, pictures_of
 from vpt_agent.model.onepass import Blocks, Past
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Inputs:
     pixel_values: Tensor | None
     grids: Tensor | None
     looks: Mapping[str, Mapping[str, Tensor]]
+    keys: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    memory: FeatureMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,14 @@ def run_forward(
 ) -> Forward:
     """Run all passes for ``inputs``; ``control`` is ``published`` or ``causal``.
 
-    ``passes`` ``one`` computes no position twice (rows padded on the left go the ordinary way);
-    ``masking`` stands in for the config's masks.
+    ``passes`` ``one`` computes no position twice (rows padded on the left go the ordinary way),
+    ``full`` runs every pass over everything, as the release does: to measure against. ``masking``
+    stands in for the config's masks.
     """
     if control not in ("published", "causal"):
         raise UserError("no such control rule", got=control, expected="published or causal")
-    if passes not in ("one", "two"):
-        raise UserError("no such number of passes", got=passes, expected="one or two")
+    if passes not in ("one", "two", "full"):
+        raise UserError("no such number of passes", got=passes, expected="one, two or full")
     if inputs.ids.dim() != 2:
         raise UserError(
             "input_ids of the wrong shape", got=tuple(inputs.ids.shape), expected="[B, L]"
@@ -68,8 +72,9 @@ def run_forward(
     two_pass = model.config.num_inner_forward_run == 2
     frozen = model.config.gradients == "published"
     with torch.no_grad() if frozen else contextlib.nullcontext():
-        embeds = _base_embeddings(model, inputs)  # [B, L, D]
-        looks = {kind: model.run_tower(kind, **values) for kind, values in inputs.looks.items()}
+        seen: dict[tuple[str, str], Tensor] = {}
+        embeds = _base_embeddings(model, inputs, seen)  # [B, L, D]
+        looks = {kind: _look(model, inputs, kind, seen) for kind in inputs.looks}
     features = {
         kind: [model.projector(kind).features(encoded) for encoded in tensors]
         for kind, tensors in looks.items()
@@ -83,10 +88,12 @@ def run_forward(
     current = run.place(embeds, plan.places, [features[p.kind][p.picture] for p in plan.places])
     if not plan.calls:
         final = torch.cat(run.placed) if run.placed else None
+        if passes == "full" and two_pass:
+            run.pass_over(current)
         return Forward(run.pass_over(current), None, final)
     if passes == "one" and _padded_right(inputs.mask) and not model.model.has_sliding_layers:
         return run.in_one_pass(current, control)
-    return run.with_controls(current, control)
+    return run.with_controls(current, control, whole=passes == "full")
 
 
 @dataclass
@@ -124,12 +131,13 @@ class _Run:
         index = [p.row * length + p.first + i for p in places for i in range(p.count)]
         return splice(embeds, torch.cat(list(tensors)), torch.tensor(index, device=embeds.device))
 
-    def with_controls(self, current: Tensor, control: str) -> Forward:
+    def with_controls(self, current: Tensor, control: str, *, whole: bool = False) -> Forward:
         """Fill in control states and conditioned features, mask, and run the scored pass."""
         points = [(c.row, at) for c in self.plan.calls for at in c.controls]  # row by row
         states: dict[tuple[int, int], Tensor] = {}
         for group in _rounds(points, control):
-            seen = max(at for _, at in group)  # nothing after the last state asked for matters
+            # Nothing after the last state asked for matters.
+            seen = current.shape[1] if whole else max(at for _, at in group)
             hidden = self.pass_over(current[:, :seen])  # [B, seen, D]
             states |= {(row, at): hidden[row, at - 1] for row, at in group}
             current = self._with_states(current, group, states)
@@ -308,14 +316,67 @@ def _rounds(points: Sequence[tuple[int, int]], control: str) -> list[list[tuple[
     return [[row[i] for row in by_row.values() if i < len(row)] for i in range(longest)]
 
 
-def _base_embeddings(model: VPTForConditionalGeneration, inputs: Inputs) -> Tensor:
+def _look(
+    model: VPTForConditionalGeneration,
+    inputs: Inputs,
+    kind: str,
+    seen: dict[tuple[str, str], Tensor],
+) -> Sequence[Tensor]:
+    """Tower outputs of a kind's pictures; pictures with the same key are encoded once."""
+    values, keys = inputs.looks[kind], inputs.keys.get(kind)
+    if keys is None:
+        return model.run_tower(kind, **values)
+    if model.encoder(kind) is None and set(values) == {"pixel_values", "grid_thw"}:
+        return _from_base(model, values["pixel_values"], values["grid_thw"], keys, inputs, seen,
+                          kind=kind)  # fmt: skip
+    pixels = values["pixels"]
+    check_keys(keys, len(pixels), kind=kind)
+    return encode_once(
+        lambda numbers: model.run_tower(kind, pixels=pixels[numbers]),
+        keys,
+        seen,
+        inputs.memory,
+        tower=kind,
+    )
+
+
+def _from_base(
+    model: VPTForConditionalGeneration,
+    pixel_values: Tensor,
+    grids: Tensor,
+    keys: Sequence[str],
+    inputs: Inputs,
+    seen: dict[tuple[str, str], Tensor],
+    *,
+    kind: str,
+) -> Sequence[Tensor]:
+    """Tokens of the base tower: a picture that is looked at again is not encoded again."""
+    check_keys(keys, len(grids), kind=kind)
+    return encode_once(
+        lambda numbers: model.encode_images(*pictures_of(numbers, pixel_values, grids)),
+        keys,
+        seen,
+        inputs.memory,
+        tower="image",
+    )
+
+
+def _base_embeddings(
+    model: VPTForConditionalGeneration, inputs: Inputs, seen: dict[tuple[str, str], Tensor]
+) -> Tensor:
     """Token embeddings [B, L, D] with the base tower's pictures in place."""
     embeds: Tensor = model.get_input_embeddings()(inputs.ids)
-    pictures: tuple[Tensor, ...] = ()
+    pictures: Sequence[Tensor] = ()
     if (inputs.pixel_values is None) != (inputs.grids is None):
         raise UserError("pixel_values and image_grid_thw go together", where="forward")
     if inputs.pixel_values is not None and inputs.grids is not None:
-        pictures = model.encode_images(inputs.pixel_values, inputs.grids)
+        keys = inputs.keys.get("image")
+        if keys is None:
+            pictures = model.encode_images(inputs.pixel_values, inputs.grids)
+        else:
+            pictures = _from_base(
+                model, inputs.pixel_values, inputs.grids, keys, inputs, seen, kind="image"
+            )
     places = picture_places(
         inputs.ids.cpu(), model.config.image_token_id, [len(p) for p in pictures], kind="image"
     )
@@ -323,7 +384,7 @@ def _base_embeddings(model: VPTForConditionalGeneration, inputs: Inputs) -> Tens
         return embeds
     length = embeds.shape[1]
     index = [p.row * length + p.first + i for p in places for i in range(p.count)]
-    return splice(embeds, torch.cat(pictures), torch.tensor(index, device=embeds.device))
+    return splice(embeds, torch.cat(list(pictures)), torch.tensor(index, device=embeds.device))
 
 
 def _positions(model: VPTForConditionalGeneration, inputs: Inputs) -> Tensor:

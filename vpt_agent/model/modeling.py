@@ -39,6 +39,7 @@ from vpt_agent.model.encoders import (
 from vpt_agent.model.forward import Forward, Inputs, run_forward
 from vpt_agent.model.fresh import FromScratch
 from vpt_agent.model.masking import MaskRule
+from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.model.positions import Grid, rope_positions
 
 
@@ -313,6 +314,8 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         passes: str = "two",
         masking: MaskRule | None = None,
         labelled_only: bool = False,
+        picture_keys: Mapping[str, Sequence[str]] | None = None,
+        memory: FeatureMemory | None = None,
         logits_to_keep: int = 0,
         mm_token_type_ids: Tensor | None = None,
         return_dict: bool | None = None,
@@ -330,6 +333,8 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         ``passes`` ``one`` gives the same with about half the work, for training. ``masking`` stands
         in for the config's masks. With ``labelled_only`` the logits are [n, vocab]: those of the
         positions whose next token is a label, row by row; nothing else is computed for the loss.
+        ``picture_keys`` (by kind; ``image`` for the base tower's own) name the pictures: equal ones
+        are encoded once, and not at all where ``memory`` has them.
         ``mm_token_type_ids`` is what the processor also gives; positions follow from the ids.
         Anything else that is not None is a :class:`UserError`: nothing is ignored.
         """
@@ -338,7 +343,16 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         looks = _looks(perception_inputs, named)
         output = run_forward(
             self,
-            Inputs(ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks),
+            Inputs(
+                ids,
+                attention_mask,
+                position_ids,
+                pixel_values,
+                image_grid_thw,
+                looks,
+                picture_keys or {},
+                memory,
+            ),
             control=control or self.config.control,
             passes=passes,
             masking=masking,

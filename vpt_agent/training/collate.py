@@ -31,11 +31,13 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """A row ready to be batched; ``views`` are its pictures by id, decoded once."""
+    """A row ready to be batched; ``views`` are its pictures by id, decoded once; ``keys``
+    name them (path and crop)."""
 
     where: str
     encoded: Encoded
     views: Mapping[str, View]
+    keys: Mapping[str, str]
 
     def __len__(self) -> int:
         """The row's length in tokens."""
@@ -91,7 +93,12 @@ class Collator:
             return None
         assert isinstance(encoded, Encoded)
         self.counts["shortened"] += encoded.cut > 0
-        return Item(row.where, encoded, by_id)
+        keys = {
+            view.id: f"{folder}/{ref.path}_{ref.crop}"
+            for tag, group in views.items()
+            for view, ref in zip(group, row.pictures[tag], strict=True)
+        }
+        return Item(row.where, encoded, by_id, keys)
 
     def _unfit(self, encoded: Encoded | Dropped, views: Mapping[str, View]) -> str | None:
         if isinstance(encoded, Dropped):
@@ -117,7 +124,7 @@ class Collator:
         """Arguments of ``forward`` for ``items``, and ``rows``: what they are called.
 
         ``input_ids``, ``attention_mask``, ``labels`` [B, L] int64, padded on the right (L a multiple
-        of 8); ``position_ids`` [3, B, L] where the model's positions are M-RoPE; ``pixel_values``
+        of 8); ``picture_keys`` by kind; ``position_ids`` [3, B, L] where the model's positions are M-RoPE; ``pixel_values``
         [P, 1176] and ``image_grid_thw`` [N, 3] of the base tower; ``perception_inputs`` by kind.
         Each picture is resized once for a tower and row.
         """
@@ -129,12 +136,13 @@ class Collator:
         positions = torch.zeros(3, *shape, dtype=torch.int64)
         base: list[Patches] = []
         again: dict[str, list[Any]] = {}
+        keys: dict[str, list[str]] = {}
         for i, item in enumerate(items):
             n = len(item)
             ids[i, :n] = torch.tensor(item.encoded.record.ids)
             labels[i, :n] = torch.tensor(item.encoded.labels)
             mask[i, :n] = 1
-            shown = self._pictures(item, again)
+            shown = self._pictures(item, again, keys)
             base += shown
             if self.positions == "mrope":
                 positions[:, i, :n] = self._positions(ids[i, :n], shown)
@@ -146,10 +154,13 @@ class Collator:
         made["perception_inputs"] = {
             kind: self._inputs(kind, values) for kind, values in again.items()
         }
+        made["picture_keys"] = keys
         made["rows"] = [item.where for item in items]
         return made
 
-    def _pictures(self, item: Item, again: dict[str, list[Any]]) -> list[Patches]:
+    def _pictures(
+        self, item: Item, again: dict[str, list[Any]], keys: dict[str, list[str]]
+    ) -> list[Patches]:
         """Patches of the row's base pictures in order; its re-encoded ones go to ``again``."""
         known: dict[str, Patches] = {}
         base: list[Patches] = []
@@ -163,6 +174,7 @@ class Collator:
             if span.source != "visual":
                 continue
             view = item.views[span.view or ""]
+            keys.setdefault(span.kind or "image", []).append(item.keys[view.id])
             if span.kind is None:
                 base.append(patches(view))
             elif self.table[span.kind].encoder == "base":

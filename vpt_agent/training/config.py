@@ -31,7 +31,9 @@ class ModelPart(_Part):
     as in ``VPTForConditionalGeneration.from_pretrained``. ``sizes`` names known sizes, for
     ``--dry-run`` without files. ``positions``: M-RoPE, or 0..L-1 (``published``). ``gradients``:
     ``full`` lets input embeddings learn, ``published`` gives none to them. ``control``: see the
-    decision page on causal control. ``images`` and ``trigger`` replace the checkpoint's.
+    decision page on causal control. ``passes``: no position is computed twice (``one``), or as the
+    release does. ``remember``: so many GiB of the outputs of frozen towers are kept, for pictures
+    that come again in later steps. ``images`` and ``trigger`` replace the checkpoint's.
     """
 
     path: str
@@ -44,6 +46,7 @@ class ModelPart(_Part):
     gradients: Literal["full", "published"] = "full"
     control: Literal["causal", "published"] = "causal"
     passes: Literal["one", "two"] = "one"
+    remember: float = Field(0.0, ge=0)
     images: dict[str, Any] | None = None
     trigger: Literal["free", "phrase"] | None = None
     domain: str | None = None
@@ -233,15 +236,18 @@ def _change(data: dict[str, Any], change: str) -> None:
     if not mark or not all(names):
         raise UserError("a change of the config is KEY=VALUE", got=change, expected="data.rows=2")
     at: Any = data
-    for name in names[:-1]:
-        at = at[int(name)] if isinstance(at, list) and name.isdigit() else at.setdefault(name, {})
-        if not isinstance(at, dict | list):
+    for number, name in enumerate(names):
+        place: int | str = name
+        if isinstance(at, list):
+            if not (name.isdigit() and int(name) < len(at)):
+                raise UserError("a list has no such place", where=key, expected=f"below {len(at)}")
+            place = int(name)
+        elif not isinstance(at, dict):
             raise UserError("a change reaches into a value", where=key, got=repr(at))
-    last = names[-1]
-    read = _yaml().safe_load(value)
-    if isinstance(at, list) and not (last.isdigit() and int(last) < len(at)):
-        raise UserError("a list has no such place", where=key, expected=f"below {len(at)}")
-    at[int(last) if isinstance(at, list) else last] = read
+        if number + 1 == len(names):
+            at[place] = _yaml().safe_load(value)
+        else:
+            at = at.setdefault(name, {}) if isinstance(at, dict) else at[int(place)]
 
 
 def make_config(data: Mapping[str, Any], *, where: str = "config") -> TrainConfig:

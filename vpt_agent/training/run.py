@@ -18,6 +18,7 @@ from vpt_agent.data import RowEncoder
 from vpt_agent.errors import UserError
 from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
 from vpt_agent.model.masking import MaskRule
+from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.tokens.table import IM_END, IM_START, ResolvedTable
 from vpt_agent.training.answers import answer_rows
@@ -251,12 +252,27 @@ def _trainer(
         classes=sorted({i for row in model.table.rows for i in row.token_ids}),
         prefetch=data.prefetch,
         say=say,
+        memory=_memory(config, model),
         processing_class=processor,
         callbacks=list(callbacks),
     )
     if state:
         trainer.restore(state)
     return trainer
+
+
+def _memory(config: TrainConfig, model: VPTForConditionalGeneration) -> FeatureMemory | None:
+    if not config.model.remember:
+        return None
+    towers = [model.visual, *(model.encoder(r.name) for r in model.table.rows if r.control)]
+    if any(p.requires_grad for tower in towers if tower is not None for p in tower.parameters()):
+        raise UserError(
+            "only frozen towers can be remembered",
+            where="model.remember",
+            got="a vision tower learns",
+            fix="freeze the towers, or set model.remember to 0",
+        )
+    return FeatureMemory(int(config.model.remember * 2**30))
 
 
 def make_collator(config: TrainConfig, processor: VPTProcessor) -> Collator:

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from vpt_agent.errors import TrainingError, UserError
 from vpt_agent.model.masking import MaskRule
+from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.training.collate import Batch
 from vpt_agent.training.logs import MetricsFile
 from vpt_agent.training.metrics import ClassAccuracy
@@ -45,6 +46,7 @@ class VPTTrainer(Trainer):
         passes: str,
         classes: list[int],
         say: Callable[[str], None],
+        memory: FeatureMemory | None = None,
         prefetch: int = 2,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -60,6 +62,7 @@ class VPTTrainer(Trainer):
         self.batches, self.evaluation = batches, evaluation
         self.rule, self.evaluation_rule, self.passes = rule, evaluation_rule, passes
         self.classes, self.prefetch = classes, prefetch
+        self.memory = memory
         self.metrics = MetricsFile(Path(args.output_dir))
         self.cursors: dict[int, Cursor] = dict(batches.cursors)
         self.given = batches.given
@@ -101,6 +104,7 @@ class VPTTrainer(Trainer):
             **self._arguments(inputs),
             passes=self.passes,
             labelled_only=True,
+            memory=self.memory,
             masking=self.rule if model.training else self.evaluation_rule,
         )
         value = float(output.loss.detach())
