@@ -61,8 +61,43 @@ def scenes(
     count: Annotated[int, typer.Option(min=1, help="How many scenes; one question each.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="The first scene's seed.")] = 0,
     split: SplitOption = "train",
+    types: Annotated[
+        str,
+        typer.Option(
+            help="Types of questions and their weights (region,none=2,count_marks): draws the"
+            " second version's scenes, and writes items.jsonl too. See docs/nano-domain.md."
+        ),
+    ] = "",
+    per_scene: Annotated[int, typer.Option(min=1, help="With --types: questions a scene.")] = 1,
+    kinds: Annotated[
+        str, typer.Option(help="With --types: kinds that re-encoding rows are made for.")
+    ] = "clip,dino,sam",
+    trigger: Annotated[
+        float, typer.Option(min=0, max=1, help="With --types: share with the trigger phrase.")
+    ] = 0.5,
 ) -> None:
-    """Draw scenes and write rows for training on them: pictures and rows.json."""
+    """Draw scenes and write rows for training on them: pictures and rows.json.
+
+    --count is the number of scenes, or with --types of questions.
+    """
+    if types:
+        from vpt_agent.nano.domain.export import baseline_lines, parse_types, write_domain
+
+        with writing(out):
+            written = write_domain(
+                out,
+                count=count,
+                weights=parse_types(types),
+                seed=seed,
+                split=_checked(split),
+                per_scene=per_scene,
+                reencode=[k.strip() for k in kinds.split(",") if k.strip()],
+                trigger=trigger,
+            )
+        for line in baseline_lines(written):
+            note("answers", line)
+        typer.echo(str(written.rows))
+        return
     from vpt_agent.cli.scenes import write_scenes
 
     with writing(out):
