@@ -275,7 +275,9 @@ def build(
     from vpt_agent.data.builder import Recipe, build_rows, write_rows
 
     table = _table(grid, controls, model)
-    if Path(source).is_dir() and not dataset:
+    runs = Path(source).is_dir() and not dataset
+    _check_options(runs, share=share, column=column, texts=texts, answers=answers, dataset=dataset)
+    if runs:
         made, told = _from_runs(Path(source), pictures, table, skip_bad=skip_bad)
     else:
         shares, fields = _shares(share), _pairs(column, "--column")
@@ -291,6 +293,22 @@ def build(
         made, told = list(built.rows), built.to_dict()
     write_rows(made, out, absolute=absolute, overwrite=force)
     _tell_built(told | {"written": str(out)}, as_json=as_json)
+
+
+def _check_options(runs: bool, **given: Any) -> None:
+    """Options that would be passed over are refused."""
+    lost = [name for name, value in given.items() if value] if runs else []
+    if given["texts"] is None:
+        lost += ["answers"] if given["answers"] is not None and not runs else []
+    elif not runs:
+        lost += [name for name in ("column", "dataset") if given[name]]
+    if lost:
+        raise UserError(
+            "this source takes no such option",
+            got=", ".join(f"--{name}" for name in lost),
+            expected="for recorded runs no shares or columns; --answers with --texts; "
+            "--column and --dataset without it",
+        )
 
 
 def _tell_built(told: dict[str, Any], *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -35,13 +36,14 @@ def convert_rows(
 
     Only the fork knows crops and encoders: for the others crops are cut into files in ``pictures``,
     and a re-encoded picture is refused (:class:`RowError`), or shown once more as a ``picture``.
-    ``meta`` is left out. Call tokens stay in the text: add them to the tokenizer before training.
+    Paths become absolute (the fork does not find relative ones with a crop); ``meta`` is left out.
+    Call tokens stay in the text: add them to the tokenizer before training.
     """
     if target not in TARGETS:
         raise UserError("unknown layout", got=target, expected=", ".join(TARGETS))
     if reencoded not in ("refuse", "picture"):
         raise UserError("unknown reencoded", got=reencoded, expected="refuse or picture")
-    for row in rows:
+    for row in map(_absolute, rows):
         if target == "llamafactory-vpt":
             whole = row_json(row)
             whole.pop(META, None)
@@ -78,6 +80,14 @@ def dataset_info(name: str, file: str, target: Target) -> dict[str, Any]:
     return {name: {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": tags}}
 
 
+def _absolute(row: Row) -> Row:
+    def placed(ref: ImageRef) -> ImageRef:
+        return ImageRef(os.path.abspath(ref.path), ref.crop)
+
+    pictures = {tag: tuple(map(placed, refs)) for tag, refs in row.pictures.items()}
+    return replace(row, pictures=pictures)
+
+
 def _plain(row: Row, folder: Path | None, reencoded: Reencoded) -> Row:
     """The row with one list of whole pictures, in the order of their tags."""
     others = sorted(tag for tag, refs in row.pictures.items() if refs and tag != IMAGE_TAG)
@@ -112,7 +122,9 @@ def _cut(row: Row, refs: list[ImageRef], folder: Path | None) -> list[ImageRef]:
         )
     views = row_views(replace(row, pictures={IMAGE_TAG: tuple(refs)}))[IMAGE_TAG]
     return [
-        ref if ref.crop is None else ImageRef(save_picture(view.image, folder, row.where))
+        ref
+        if ref.crop is None
+        else ImageRef(os.path.abspath(save_picture(view.image, folder, row.where)))
         for ref, view in zip(refs, views, strict=True)
     ]
 

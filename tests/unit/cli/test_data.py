@@ -169,6 +169,16 @@ def test_convert(rows: Path, tmp_path: Path, to: str) -> None:
         (["build", "SCENES", "--out", "OUT", "--share", "region=0"], "the shares sum to nothing"),
         (["build", "SCENES", "--out", "OUT", "--share", "zoom=1"], "no such perception kind"),
         (["build", "SCENES", "--out", "ROWS", "--share", "clip=1"], "never written over another"),
+        (["build", "FOLDER", "--out", "OUT", "--share", "clip=1"], "no such option; got: --share"),
+        (["build", "FOLDER", "--out", "OUT"], "there are no recorded runs here"),
+        (
+            ["build", "SCENES", "--out", "OUT", "--share", "clip=1", "--answers", "ROWS"],
+            "no such option; got: --answers",
+        ),
+        (
+            ["build", "ROWS", "--texts", "ROWS", "--out", "OUT", "--column", "image=x"],
+            "no such option; got: --column",
+        ),
         (["convert", "ROWS", "--to", "alpaca", "--out", "OUT"], "unknown layout"),
         (["convert", "ROWS", "--to", "trl", "--out", "OUT"], "this layout knows no encoders"),
     ],
@@ -176,7 +186,8 @@ def test_convert(rows: Path, tmp_path: Path, to: str) -> None:
 def test_bad_input_ends_with_2(
     rows: Path, scenes: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    names = {"ROWS": rows, "SCENES": scenes / "questions.jsonl", "OUT": tmp_path / "out.json"}
+    names = {"ROWS": rows, "SCENES": scenes / "questions.jsonl", "OUT": tmp_path / "out.json",
+             "FOLDER": tmp_path}  # fmt: skip
     result = run(*(names.get(a, a) for a in arguments))
     assert result.exit_code == 2, result.output
     assert message in result.output

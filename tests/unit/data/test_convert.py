@@ -94,6 +94,17 @@ def test_trl_gets_parts(rows: list[Row], folder: Path) -> None:
         assert sum(p["type"] == "image" for p in parts) == len(pair["images"])
 
 
+def test_paths_become_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    ask = {"role": "user", "content": "<image><image>"}
+    data = {"messages": [ask, {"role": "assistant", "content": "x"}],
+            "images": ["a.png", "a.png_0,0,9,9"]}  # fmt: skip
+    (fork,) = convert_rows([read_row(data)], "llamafactory-vpt")
+    assert fork["images"] == [f"{folder}/a.png", f"{folder}/a.png_0,0,9,9"]
+    (trl,) = convert_rows([read_row(data)], "trl", pictures="crops")
+    assert all(Path(path).is_absolute() and Path(path).is_file() for path in trl["images"])
+
+
 def test_layouts_that_are_none(rows: list[Row]) -> None:
     with pytest.raises(UserError, match=r"unknown layout; got: alpaca; expected: llamafactory, "):
         list(convert_rows(rows, "alpaca"))  # type: ignore[arg-type]
