@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vpt_agent import __version__
-from vpt_agent.cli import ask, bench, data, inspect, nano, tools, trace, train
+from vpt_agent.cli import ask, bench, data, inspect, nano, reinforce, tools, trace, train
 
 app = typer.Typer(
     name="vpt-agent",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("ask")(ask.ask)
 app.command("inspect")(inspect.inspect)
 app.command("train")(train.train)
+app.command("reinforce")(reinforce.reinforce)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(trace.app, name="trace")
