@@ -72,6 +72,7 @@ def measure(job: Job) -> list[str]:
 
     torch.set_num_threads(1)
     agent = PerceptionAgent.from_pretrained(job.model, device=job.device)
+    agent.engine.features.capacity = 400  # the whole views of a chunk stay for all settings
     kinds = [row.kind for row in agent.engine.table.rows]
     untrained = [k.name for k in kinds if k.name in agent.abilities.untrained]
     settings = [
@@ -119,6 +120,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
             found = pool.map(measure, jobs, chunksize=1)
     from vpt_agent.evaluation import summarise, tables_of
+    from vpt_agent.nano.aims import aims_table
 
     figures: dict[str, Any] = {
         "benchmark": "perception",
@@ -135,6 +137,7 @@ def main() -> None:
         print(f"\n# {'new scenes' if split == 'train' else 'unseen fonts and backgrounds'}\n")
         for table in tables_of(told, untrained=found[0]):
             print(table.to_markdown() + "\n")
+    print(aims_table(figures["splits"]).to_markdown())
     print(f"written: {args.out}", file=sys.stderr)
 
 

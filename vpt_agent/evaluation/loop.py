@@ -188,6 +188,7 @@ class _Chunk:
         self.items, self.known, self.seed, self.score = items, known, seed, score
         self.limits, self.store, self.told = limits, store, told
         self.pictures = {item.id: item.picture() for item in items}
+        self.changes: dict[str, Counterfactual] = {}  # of the batch under way
 
     def ask(self, agent: Asks, setting: Setting, batch: int) -> None:
         """Every item that was not asked under ``setting`` yet."""
@@ -242,13 +243,12 @@ class _Chunk:
                 agent.run(i.question, self.pictures[i.id], tool_choice=setting.tool_choice)
                 for i in part
             ]
+        self.changes = {
+            item.id: self._change(agent, item, setting) for item in part if setting.switches
+        }
         asked = [
-            Question(
-                item.question,
-                self.pictures[item.id],
-                intervention=self._change(agent, item, setting) if setting.switches else None,
-            )
-            for item in part
+            Question(i.question, self.pictures[i.id], intervention=self.changes.get(i.id))
+            for i in part
         ]
         answers: list[Answer] = agent.run_batch(
             asked, tool_choice=setting.tool_choice, limits=self.limits
@@ -281,6 +281,9 @@ class _Chunk:
         return Outcome(item.id, setting.name, item.type, status="skipped", why=why)
 
     def _row(self, item: Item, setting: Setting, answer: Answer, seconds: float) -> Outcome:
+        change = self.changes.get(item.id)
+        if change is not None and change.lacking:  # its run failed, or its call did
+            return self._skipped(item, setting, f"no state of {change.lacking[0]} to swap with")
         views = [v for r in answer.results for v in r.views]
         rejected = sum(isinstance(e, ToolRejected) for e in answer.trace.events)
         return Outcome(

@@ -43,6 +43,7 @@ def control_settings(kind: PerceptionKind) -> list[Setting]:
         Setting(
             name=f"{kind.name}, state of {rule} type".replace("of same", "of the same"),
             tool_choice=kind.tool,
+            kind=kind.name,
             switches=swap,
             donors=plain.name,
             donor_type=rule,
@@ -56,7 +57,9 @@ def _setting(
     kind: PerceptionKind, name: str, switches: Switches, *, states: bool = False
 ) -> Setting:
     full = f"{kind.name}, {name}" if name else kind.name
-    return Setting(name=full, tool_choice=kind.tool, switches=switches, states=states)
+    return Setting(
+        name=full, tool_choice=kind.tool, kind=kind.name, switches=switches, states=states
+    )
 
 
 def standard_settings(

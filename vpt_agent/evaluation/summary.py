@@ -95,8 +95,9 @@ def _thrown(setting: Mapping[str, Any]) -> int:
 
 
 def setting_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
-    """Of one setting: ``n`` asked, ``skipped``, ``failed``, ``exact`` and ``by_type`` (mean score
-    with interval), ``called`` (share of items with a call), ``calls``, ``invalid`` (share of calls
+    """Of one setting: ``n`` asked, ``skipped``, ``failed``, ``exact``, ``by_type`` and
+    ``by_need`` (mean score with interval; :data:`NOTHING_NEEDED` for items that need no call),
+    ``called`` (share of items with a call), ``calls``, ``invalid`` (share of calls
     that are none or were refused), and means per answer of what it cost."""
     asked = [r for r in rows if r.counts]
     types = sorted({r.type for r in asked})
@@ -112,6 +113,10 @@ def setting_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
         "failed": sum(r.status == "failed" for r in asked),
         "exact": _scores(asked, seed).to_dict(),
         "by_type": {t: _scores([r for r in asked if r.type == t], seed).to_dict() for t in types},
+        "by_need": {
+            kind: _scores([r for r in asked if _needing(r, kind)], seed).to_dict()
+            for kind in _needed_kinds(asked)
+        },
         "called": share([bool(r.calls or r.rejected) for r in asked]).to_dict(),
         "calls": len(wrong),
         "invalid": share(wrong).to_dict(),
@@ -119,6 +124,22 @@ def setting_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
         "forward_tokens": sum(r.forward_tokens for r in asked) / n,
         "seconds": sum(r.seconds for r in asked) / n,
     }
+
+
+NOTHING_NEEDED = "nothing"
+
+
+def _needing(row: Outcome, kind: str) -> bool:
+    """Whether an item needs ``kind`` (or another in its place)."""
+    if row.needs is None:
+        return False
+    return any(kind in need for need in row.needs) if row.needs else kind == NOTHING_NEEDED
+
+
+def _needed_kinds(rows: Sequence[Outcome]) -> list[str]:
+    known = [r.needs for r in rows if r.needs is not None]
+    found = sorted({kind for needs in known for need in needs for kind in need})
+    return [*found, NOTHING_NEEDED] if () in known else found
 
 
 def _scores(rows: Sequence[Outcome], seed: int) -> Interval:
@@ -129,11 +150,24 @@ def _scores(rows: Sequence[Outcome], seed: int) -> Interval:
 
 
 def paired(
-    first: Sequence[Outcome], second: Sequence[Outcome], *, type: str | None = None, seed: int = 0
+    first: Sequence[Outcome],
+    second: Sequence[Outcome],
+    *,
+    type: str | None = None,
+    needing: str | None = None,
+    seed: int = 0,
 ) -> Figures:
-    """``first`` minus ``second`` over the items that both were asked (of one ``type``)."""
-    a = {r.item: r.score for r in first if r.counts and type in (None, r.type)}
-    b = {r.item: r.score for r in second if r.counts and type in (None, r.type)}
+    """``first`` minus ``second`` over the items that both were asked (of one ``type``, or that
+    need one kind)."""
+
+    def scores(rows: Sequence[Outcome]) -> dict[str, float]:
+        return {
+            r.item: r.score
+            for r in rows
+            if r.counts and type in (None, r.type) and (needing is None or _needing(r, needing))
+        }
+
+    a, b = scores(first), scores(second)
     both = sorted(a.keys() & b.keys())
     return difference([a[i] for i in both], [b[i] for i in both], seed=seed).to_dict()
 
@@ -163,7 +197,9 @@ def _differences(
                     "setting": name,
                     "against": against,
                     "switched": switched,
+                    "kind": (kind := known[name].get("kind", "")),
                     "all": paired(rows, by_setting[against], seed=seed),
+                    "needed": paired(rows, by_setting[against], needing=kind, seed=seed),
                     "by_type": {
                         t: paired(rows, by_setting[against], type=t, seed=seed) for t in types
                     },
@@ -200,6 +236,7 @@ def region_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
 def choice_figures(rows: Sequence[Outcome]) -> Figures:
     """Calls of a model that chooses freely against what the items need.
 
+    ``calls_needed``: of all kinds called (each once an item), the share that the item needs;
     ``needed_called``: of items that need something, the share in which every need was met by a
     call; ``needless_avoided``: of items that need nothing, the share without a call; ``by_kind``:
     precision (calls of items that may want the kind, among its calls) and recall (items that need
@@ -228,7 +265,13 @@ def choice_figures(rows: Sequence[Outcome]) -> Figures:
         ]
         found = [kind in kinds for kinds, w in zip(called, needs, strict=True) if (kind,) in w]
         by_kind[kind] = {"precision": share(right).to_dict(), "recall": share(found).to_dict()}
+    every = [
+        any(kind in need for need in w)
+        for kinds, w in zip(called, needs, strict=True)
+        for kind in sorted(kinds)
+    ]
     return {
+        "calls_needed": share(every).to_dict(),
         "needed_called": share(met).to_dict(),
         "needless_avoided": share(avoided).to_dict(),
         "by_kind": by_kind,

@@ -139,6 +139,8 @@ class Counterfactual:
             )
         self.switches, self.seed, self.donor = switches, str(seed), donor
         self.shown, self.grid, self.policy = shown, grid, policy
+        self.lacking: list[str] = []
+        """Kinds that were called though the donor had no state for them."""
         self._crops = 0
 
     @property
@@ -173,6 +175,7 @@ class Counterfactual:
         if how == "swap":
             given = self.donor(kind)
             if given is None or given.shape[-1] != state.shape[-1]:
+                self.lacking.append(kind)
                 raise UserError(
                     "there is no control state of another item to swap with",
                     where=kind,
@@ -236,16 +239,17 @@ class Counterfactual:
 class Setting:
     """One way to ask every item: a name, the tools allowed, the switches thrown.
 
-    ``tool_choice`` is ``none`` (no tools), ``auto`` (free choice), ``required``, or a tool's name
-    (a forced kind). ``donors`` names the setting whose control states a swap takes, ``donor_type``
-    whether from a question of the ``same`` or ``another`` type. ``states`` keeps the control
-    states of this setting's runs: for swaps and for :mod:`vpt_agent.evaluation.states`. ``most``
-    asks only the first so many items, up to whole chunks: switches cost as much as what they
-    change, and need fewer items to show a large effect.
+    ``tool_choice`` is ``none`` (no tools), ``auto`` (free choice), ``required``, or a tool's name:
+    a forced kind, which ``kind`` then names. ``donors`` names the setting whose control states a
+    swap takes, ``donor_type`` whether from a question of the ``same`` or ``another`` type.
+    ``states`` keeps the control states of this setting's runs: for swaps and for
+    :mod:`vpt_agent.evaluation.states`. ``most`` asks only the first so many items, up to whole
+    chunks: switches cost as much as what they change, and need fewer items to show a large effect.
     """
 
     name: str
     tool_choice: str = "auto"
+    kind: str = ""
     switches: Switches = Switches()
     donors: str = ""
     donor_type: Literal["any", "same", "another"] = "any"

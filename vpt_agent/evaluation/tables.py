@@ -88,16 +88,17 @@ def _differences(figures: Figures) -> Table:
                 found["setting"],
                 found["against"],
                 interval_text(found["all"], signed=True),
+                interval_text(found["needed"], signed=True),
                 "-" if p is None else f"{p:.2g}",
                 *(interval_text(found["by_type"].get(t), signed=True) for t in types),
             )
         )
     return Table(
         "Differences on the same items",
-        ("setting", "against", "all", "p", *types),
+        ("setting", "against", "all", "where its kind is needed", "p", *types),
         tuple(rows),
         "Exact match of the setting minus that of the other, item by item: 95 % intervals "
-        "(bootstrap over items), p by McNemar's exact test.",
+        "(bootstrap over items), p by McNemar's exact test over all.",
     )
 
 
@@ -150,6 +151,7 @@ def _regions(figures: Figures) -> Table:
 def _choices(figures: Figures) -> Table:
     rows = []
     for setting, found in figures["choices"].items():
+        rows.append((setting, "all calls", interval_text(found["calls_needed"]), "-"))
         rows.append((setting, "items that need a call", "-", interval_text(found["needed_called"])))
         rows.append(
             (setting, "items that need none", "-", interval_text(found["needless_avoided"]))

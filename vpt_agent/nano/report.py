@@ -19,6 +19,7 @@ from vpt_agent.evaluation import Item, Table, summarise, tables_of
 from vpt_agent.evaluation.plots import plot_all, save_plot
 from vpt_agent.evaluation.store import MANIFEST
 from vpt_agent.nano.agent_eval import FIRST_SEED
+from vpt_agent.nano.aims import aims_table
 from vpt_agent.nano.alphabet import COLOURS, SHAPES
 from vpt_agent.types import Box
 
@@ -141,7 +142,8 @@ def read_sections(path: Path) -> list[Section]:
         ) from error
     kind = data.get("benchmark") if isinstance(data, dict) else None
     if kind == "perception":
-        return [
+        aims = Section("Aims", "", [aims_table(data["splits"])], {})
+        return [aims] + [
             _section(f"Is perception used? {_SPLITS.get(split, split)}", figures, data["untrained"])
             for split, figures in data["splits"].items()
         ]

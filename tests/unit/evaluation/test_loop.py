@@ -220,3 +220,14 @@ def test_a_setting_for_the_first_items_only(tmp_path: Path) -> None:
     assert sorted(r.item for r in rows if r.setting == "few") == ["i0", "i1"]
     assert len(rows) == 7
     assert told[-1].startswith("7 of 7 asked")
+
+
+def test_a_call_that_the_donor_did_not_make_is_no_wrong_answer(tmp_path: Path) -> None:
+    plain, *_, swap = control_settings(CLIP)
+    other = Setting(
+        name="dino", tool_choice="reencode_dino", switches=swap.switches, donors=plain.name
+    )
+    run(tmp_path, ITEMS[:2], [plain, other])
+    rows = [r for r in read_rows(tmp_path) if r.setting == "dino"]
+    assert [r.status for r in rows] == ["skipped"] * 2
+    assert rows[0].why == "no state of dino to swap with"

@@ -90,6 +90,7 @@ def test_free_choices_against_needs() -> None:
         Outcome("6", "free choice", needs=None, calls=(CALL,)),
     ]
     figures = figures_of(found, [], SETTINGS)["choices"]["free choice"]
+    assert figures["calls_needed"]["value"] == 0.6  # of five: 0, 2, 3
     assert figures["needed_called"]["value"] == 0.5  # items 0 and 2 of 0 to 3
     assert figures["needless_avoided"]["value"] == 0.5
     region, other = figures["by_kind"]["region"], figures["by_kind"]["clip"]
@@ -122,3 +123,24 @@ def test_folders_of_one_evaluation_are_read_together(tmp_path: Path) -> None:
         summarise([tmp_path / "0", tmp_path / "2"])
     with pytest.raises(UserError, match="no folder of results"):
         summarise([])
+
+
+def test_losses_where_the_kind_is_needed() -> None:
+    needs = [(("region",),), (), None, (("clip", "region"),)]
+    found = [
+        Outcome(f"i{n}", setting, score=float(setting == "region" and n % 4 in (0, 3)), needs=need)
+        for setting in ("region", "region, random region")
+        for n, need in enumerate(needs * 5)
+    ]
+    figures = figures_of(found, [], SETTINGS)
+    (lost,) = figures["differences"]
+    assert lost["kind"] == "region"
+    assert lost["all"]["value"] == -0.5
+    assert lost["needed"]["value"] == -1
+    assert lost["needed"]["n"] == 10
+    by_need = figures["results"]["region"]["by_need"]
+    assert {k: (v["value"], v["n"]) for k, v in by_need.items()} == {
+        "clip": (1.0, 5),
+        "region": (1.0, 10),
+        "nothing": (0.0, 5),
+    }

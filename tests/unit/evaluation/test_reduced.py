@@ -1,0 +1,98 @@
+"""The reduced domain of the experiments: its rows can be learnt from, its groups can be decided."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vpt_agent.data import RowEncoder, read_row, row_views
+from vpt_agent.data.encode import Encoded
+from vpt_agent.evaluation import iogt
+from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
+from vpt_agent.prompt.vpt import VPTLayout
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("reduced"), importlib.import_module("ablations")
+    for name in ("reduced", "ablations"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "controls"), [("region", 4, 1), ("region", 32, 1), ("dino", 8, 2)]
+)
+def test_rows_teach_what_they_should(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path, kind: str, grid: int, controls: int
+) -> None:
+    reduced, _ = modules
+    table = reduced.make_table(kind, grid=grid, controls=controls)
+    reduced.draw_scenes(tmp_path / "scenes", 1)
+    reduced.make_model(tmp_path / "model", table, seed=0)
+    model = VPTForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
+    processor = VPTProcessor.from_pretrained(tmp_path / "model", config=model.config)
+    encoder = RowEncoder(VPTLayout(processor.tokenizer, table), processor.policy)
+    for disc in reduced.make_discs(0):
+        row = read_row(
+            reduced.row_of(table.kinds[0], disc, "scenes/0.png", controls),
+            tags=("<image>", table.kinds[0].tag) if kind == "dino" else ("<image>",),
+        )
+        views = row_views(row, folder=tmp_path)
+        encoded = encoder.encode(row, views)
+        assert isinstance(encoded, Encoded)
+        learnt = [i for i in encoded.labels if i >= 0]
+        text = processor.tokenizer.decode(learnt, skip_special_tokens=False)
+        assert disc.mark in text
+        assert table.kinds[0].start in text
+        if kind == "region":
+            crop = views["<image>"][1]
+            assert iogt(crop.box, disc.box) == 1
+
+
+def test_boxes_as_text_hold_their_object(modules: tuple[ModuleType, ModuleType]) -> None:
+    reduced, _ = modules
+    for seed in range(40):
+        for disc in reduced.make_discs(seed):
+            text = reduced.box_text(disc.box)
+            assert reduced.TEXT_BOX.call_text(text=text)
+            assert iogt(reduced.text_box(text), disc.box) > 0.97
+    assert reduced.text_box("50,50,20,60") is None
+    assert reduced.text_box("nonsense") is None
+
+
+def test_every_order_can_be_decided(modules: tuple[ModuleType, ModuleType]) -> None:
+    _, ablations = modules
+    runs = {}
+    for group in ablations.groups():
+        names = [label for label, _ in group["runs"]]
+        assert set(group["expected"]) <= set(names)
+        for _, run in group["runs"]:
+            assert runs.setdefault(run.name, run) == run
+    seeds = [run.seed for run in runs.values() if run.kind == "region" and run.grid == 8]
+    assert seeds == [0, 1, 2]
+    assert {run.grid for run in runs.values()} == {4, 8, 16, 32}
+    assert {run.controls for run in runs.values()} == {1, 2, 4}
+
+
+def test_scenes_are_drawn_once_and_alike(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path
+) -> None:
+    reduced, _ = modules
+    reduced.draw_scenes(tmp_path, 2)
+    before = (tmp_path / "1.png").stat().st_mtime_ns
+    reduced.draw_scenes(tmp_path, 3)
+    assert (tmp_path / "1.png").stat().st_mtime_ns == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+    item = reduced.test_item(5)
+    assert item.picture().tobytes() == reduced.test_item(5).picture().tobytes()
+    assert item.question in reduced.COLOURS
+    assert item.answer in reduced.MARKS
