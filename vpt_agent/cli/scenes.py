@@ -42,7 +42,12 @@ def region_row(
     corners = (KIND.x_token(cells[0]), KIND.y_token(cells[1]))
     corners += (KIND.x_token(cells[2]), KIND.y_token(cells[3]))
     crop = ",".join(str(int(edge)) for edge in region_to_box(cells, size, KIND.grid, "cover"))
-    texts = (f"{KIND.tag}\n{question}", f"{KIND.start}{''.join(corners)}{KIND.end}", KIND.tag, answer)
+    texts = (
+        f"{KIND.tag}\n{question}",
+        f"{KIND.start}{''.join(corners)}{KIND.end}",
+        KIND.tag,
+        answer,
+    )
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
     ]

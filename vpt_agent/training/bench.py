@@ -63,9 +63,7 @@ SETTINGS = (
         None,
         MaskRule(1, 0.5, "attention", "row"),
     ),
-    Setting(
-        "shipped shape, no masks, towers remembered", None, None, MaskRule(), remember=True
-    ),
+    Setting("shipped shape, no masks, towers remembered", None, None, MaskRule(), remember=True),
     Setting("width 384, 6 layers, no masks", 384, 6, MaskRule(), counts=False),
 )
 

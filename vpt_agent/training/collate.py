@@ -107,7 +107,9 @@ class Collator:
             return "no label"
         for span in encoded.record.spans:
             # Published truncation cuts there, too; the release then shifts later rows' features.
-            if span.source == "visual" and len(span.ids) != self._visual(span.kind, span.view, views):
+            if span.source == "visual" and len(span.ids) != self._visual(
+                span.kind, span.view, views
+            ):
                 return "picture"
         return None
 
@@ -123,10 +125,11 @@ class Collator:
     def batch(self, items: Sequence[Item]) -> Batch:
         """Arguments of ``forward`` for ``items``, and ``rows``: what they are called.
 
-        ``input_ids``, ``attention_mask``, ``labels`` [B, L] int64, padded on the right (L a multiple
-        of 8); ``picture_keys`` by kind; ``position_ids`` [3, B, L] where the model's positions are M-RoPE; ``pixel_values``
-        [P, 1176] and ``image_grid_thw`` [N, 3] of the base tower; ``perception_inputs`` by kind.
-        Each picture is resized once for a tower and row.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, L] int64, padded on the right (L a
+        multiple of 8); ``position_ids`` [3, B, L] where the model's positions are M-RoPE;
+        ``pixel_values`` [P, 1176] and ``image_grid_thw`` [N, 3] of the base tower;
+        ``perception_inputs`` and ``picture_keys`` by kind. Each picture is resized once for a
+        tower and row.
         """
         length = -(-max(len(item) for item in items) // MULTIPLE) * MULTIPLE
         shape = (len(items), length)

@@ -111,8 +111,8 @@ class MaskPart(_Part):
     """Mask modelling: what of the prompt the scored pass does not see (paper section 3.4).
 
     ``paragraphs`` 0: off, 1: the first question, 2: the question and the re-encoded picture.
-    ``how``: ``embeddings`` become zero, as published; or ``attention``, as the paper writes it: what
-    follows the control token sees nothing of the question's turn but through the control token.
+    ``how``: ``embeddings`` become zero, as published; or ``attention``, as the paper writes it:
+    what follows the control token sees nothing of the question's turn but through that token.
     One draw decides for a ``batch`` (published) or for each ``row``. ``in_evaluation``: act there,
     too, as published.
     """

@@ -141,7 +141,7 @@ def _prepare_folder(config: TrainConfig, *, resume: bool) -> Path | None:
 
 
 def load(config: TrainConfig) -> tuple[VPTForConditionalGeneration, VPTProcessor]:
-    """The model in float32, with the switches of ``config`` in its own config, and its processor."""
+    """The model in float32, ``config``'s switches in its own config, and its processor."""
     part = config.model
     path = str(shipped_model()) if part.path == "shipped" else part.path
     options: dict[str, Any] = {

@@ -40,7 +40,7 @@ class RowFile(Sequence[Placed]):
                 "scenes are drawn by the command, not by the library",
                 where="data.sources",
                 got=f"scenes: {source.scenes}",
-                fix="use vpt-agent train, or draw them with vpt-agent nano scenes and give the path",
+                fix="use vpt-agent train, or vpt-agent nano scenes, and give the path",
             )
         self.path, self.remap = source.path, source.remap
         self.folder = source.images or source.path.parent
@@ -68,7 +68,8 @@ class RowFile(Sequence[Placed]):
                 data = json.loads(data)
             except ValueError as error:
                 raise UserError("a line is no JSON", where=where, got=str(error)) from error
-        return Placed(_moved(read_row(data, where=where, rules=self.rules), self.remap), self.folder)
+        row = read_row(data, where=where, rules=self.rules)
+        return Placed(_moved(row, self.remap), self.folder)
 
 
 def _read(path: Path) -> Sequence[Any]:

@@ -87,6 +87,8 @@ class Batches(IterableDataset[Batch]):
         window, used, empty = start.window, start.used, 0
         while True:
             items = [self.collator.item(p.row, p.folder) for p in islice(stream, size)]
+            if used:  # taken up in the middle of a window, whose rows were counted already
+                self.collator.counts.clear()
             kept = [item for item in items if item is not None]
             empty = 0 if kept else empty + 1
             if empty == EMPTY_WINDOWS:

@@ -83,8 +83,14 @@ class VPTTrainer(Trainer):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self.prefetch if workers else None,
+            generator=self._apart(),
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    def _apart(self) -> torch.Generator:
+        """A loader draws a seed when it begins; from torch's own generator, that would move the
+        draws of a run that is taken up."""
+        return torch.Generator().manual_seed(self.args.seed)
 
     def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch goes to the model."""
@@ -154,7 +160,10 @@ class VPTTrainer(Trainer):
         accuracy = ClassAccuracy(self.classes)
         total = labels = 0.0
         loader = DataLoader(
-            self.evaluation, batch_size=None, num_workers=self.args.dataloader_num_workers
+            self.evaluation,
+            batch_size=None,
+            num_workers=self.args.dataloader_num_workers,
+            generator=self._apart(),
         )
         for batch in loader:
             inputs = self._prepare_inputs(batch)
@@ -189,6 +198,20 @@ class VPTTrainer(Trainer):
         return {"loss": float(sums[0] / sums[1].clamp(min=1)), **merged.result()}
 
     # --- checkpoints --------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers, but by the names that the model has in memory.
+
+        Its own layout renames some tensors, and taking the run up again would lose those.
+        """
+        if not self.args.should_save:
+            return
+        folder = output_dir or str(self.args.output_dir)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, Path(folder) / "training_args.bin")
 
     def data_state(self) -> dict[str, Any]:
         """Where the rows of this process stand."""

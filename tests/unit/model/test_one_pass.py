@@ -32,7 +32,9 @@ def parts(controls: int = 1) -> tuple[VPTForConditionalGeneration, VPTProcessor]
     return model, processor
 
 
-def step(model: VPTForConditionalGeneration, **inputs: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def step(
+    model: VPTForConditionalGeneration, **inputs: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     torch.manual_seed(3)
     loss = model(**inputs).loss

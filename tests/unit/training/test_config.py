@@ -90,7 +90,8 @@ def test_the_recipes_are_the_published_ones() -> None:
             "cosine", 0.03, 1.0, 0.0)  # fmt: skip
         assert optim.learning_rate == (2e-3 if aligns else 2e-5)
         assert (config.precision, data.max_length) == ("bfloat16", 2048)
-        assert config.gradient_checkpointing and config.evaluate_every == 500
+        assert config.gradient_checkpointing
+        assert config.evaluate_every == 500
         want = (16, 4) if aligns else (8, 4) if name == "vpt-2b-dino" else (4, 8)
         assert (data.rows, optim.accumulate) == want
         if aligns:
