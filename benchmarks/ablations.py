@@ -24,13 +24,7 @@ from typing import Any
 
 OUT = Path(__file__).parent / "results" / "ablations.json"
 FIRST_UNSEEN = 10_000_000
-EXACT, IOU, IOGT, SMALL, VALID = (
-    "exact match",
-    "IoU",
-    "IoGT",
-    "IoGT, small objects",
-    "valid calls, unconstrained",
-)
+EXACT, VALID = "exact match", "valid calls, unconstrained"
 
 
 @dataclass(frozen=True)
@@ -214,7 +208,7 @@ def _measure(run: Run, kind: Any, folder: Path, args: argparse.Namespace) -> dic
     import reduced
 
     from vpt_agent.agent import PerceptionAgent
-    from vpt_agent.evaluation import NO_TOOLS, Setting, evaluate, summarise
+    from vpt_agent.evaluation import NO_TOOLS, Setting, evaluate, share, summarise
     from vpt_agent.types import Limits
 
     agent = PerceptionAgent.from_pretrained(
@@ -229,12 +223,15 @@ def _measure(run: Run, kind: Any, folder: Path, args: argparse.Namespace) -> dic
     )
     figures = summarise(folder / "answers")
     regions = figures["regions"].get(kind.name, {})
-    found = {EXACT: figures["results"][kind.name]["exact"]}
+    result = figures["results"][kind.name]
+    found = {EXACT: result["exact"]}
+    for size in ("small", "large"):
+        if size in result["by_type"]:
+            found[f"{EXACT}, {size} objects"] = result["by_type"][size]
+    for size in ("small", "large") if regions else ():
+        found[f"IoU, {size} objects"] = regions[size]["iou"]
+        found[f"IoGT, {size} objects"] = regions[size]["iogt"]
     if regions:
-        found |= {IOU: regions["all"]["iou"], IOGT: regions["all"]["iogt"]}
-        found[SMALL] = regions["small"]["iogt"]
-        from vpt_agent.evaluation import share
-
         found[VALID] = share(free_calls(agent, kind, [make() for make in items.values()])).to_dict()
     blind = figures["results"]["no tools"]["exact"]
     agent.close()

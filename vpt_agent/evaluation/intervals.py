@@ -113,8 +113,9 @@ def difference(
 ) -> Difference:
     """The paired difference ``first - second``; entry i of both belongs to the same item.
 
-    The interval is a percentile bootstrap over items. For shares (all values 0 or 1) McNemar's
-    exact test comes with it. Lists of different lengths are a :class:`UserError`.
+    For shares (all values 0 or 1) the interval is Agresti and Min's (2005), which keeps its width
+    where the two hardly ever differ, and McNemar's exact test comes with it; otherwise it is a
+    percentile bootstrap over items. Lists of different lengths are a :class:`UserError`.
     """
     a, b = _numbers(first, "difference"), _numbers(second, "difference")
     if a.size != b.size:
@@ -125,12 +126,22 @@ def difference(
         )
     if not a.size:
         return Difference(NOTHING)
-    low, high = _bootstrap(a - b, seed, resamples, confidence)
-    interval = Interval(float((a - b).mean()), low, high, int(a.size))
+    value, n = float((a - b).mean()), int(a.size)
     if not bool(np.isin(np.concatenate((a, b)), (0.0, 1.0)).all()):
-        return Difference(interval)
+        low, high = _bootstrap(a - b, seed, resamples, confidence)
+        return Difference(Interval(value, low, high, n))
     more, less = int((a > b).sum()), int((a < b).sum())
-    return Difference(interval, more, less, mcnemar(more, less))
+    low, high = _agresti_min(more, less, n, confidence)
+    return Difference(Interval(value, low, high, n), more, less, mcnemar(more, less))
+
+
+def _agresti_min(more: int, less: int, n: int, confidence: float) -> tuple[float, float]:
+    """Interval of (more - less) / n: half an item is added to each of the four kinds of pairs, so
+    that no pairs of a kind does not mean that there can be none."""
+    apart, differing = more - less, more + less + 1
+    middle = apart / (n + 2)
+    half = _quantile(confidence) * math.sqrt(differing - apart * apart / (n + 2)) / (n + 2)
+    return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

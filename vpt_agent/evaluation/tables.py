@@ -98,7 +98,7 @@ def _differences(figures: Figures) -> Table:
         ("setting", "against", "all", "where its kind is needed", "p", *types),
         tuple(rows),
         "Exact match of the setting minus that of the other, item by item: 95 % intervals "
-        "(bootstrap over items), p by McNemar's exact test over all.",
+        "(Agresti and Min), p by McNemar's exact test over all.",
     )
 
 

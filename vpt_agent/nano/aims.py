@@ -90,5 +90,7 @@ def _loss(figures: Figures, kind: str, switch: str, value: str) -> Figures | Non
     for found in figures.get("differences", ()):
         if found["setting"] in alone and found["needed"]["value"] is not None:
             lost = found["needed"]
-            return {"value": -lost["value"], "low": -lost["high"], "high": -lost["low"]}
+            # 0 - x, not -x: no loss is 0, not -0.
+            ends = {"low": 0 - lost["high"], "high": 0 - lost["low"]}
+            return {"value": 0 - lost["value"], **ends}
     return None

@@ -62,13 +62,30 @@ def test_pairs_are_sharper_than_two_shares() -> None:
     assert difference(first, second, seed=3) == found
 
 
+def test_agresti_and_min_at_the_ends_and_in_the_middle() -> None:
+    # 1600 pairs, 150 for the first only and 86 for the second only (Agresti's approval ratings).
+    first = [1.0] * 150 + [0.0] * 86 + [1.0] * 794 + [0.0] * 570
+    second = [0.0] * 150 + [1.0] * 86 + [1.0] * 794 + [0.0] * 570
+    found = difference(first, second).interval
+    assert found.value == pytest.approx(0.04)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.0212, 0.0587)
+    never = difference([1.0] * 5, [1.0] * 5).interval  # five equal pairs prove little
+    assert never.low == pytest.approx(-never.high)
+    assert never.high > 0.2
+    always = difference([1.0] * 5, [0.0] * 5).interval
+    assert always.low < 0.5
+    assert always.high == always.value == 1
+
+
 def test_a_bootstrap_covers_the_mean_and_keeps_its_seed() -> None:
     values = [i / 10 for i in range(11)]
     found = mean(values, seed=1)
     assert found.value == pytest.approx(0.5)
     assert 0.3 < found.low < 0.5 < found.high < 0.7
     assert mean(values, seed=1) == found != mean(values, seed=2)
-    assert difference(values, [0.5] * 11).p is None  # no shares: McNemar says nothing
+    pairs = difference(values, [0.4] * 11, seed=1)
+    assert pairs.p is None  # no shares: McNemar says nothing
+    assert pairs.interval.low == pytest.approx(found.low - 0.4)
 
 
 def test_wrong_use_is_told() -> None:
