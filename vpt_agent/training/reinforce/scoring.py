@@ -18,6 +18,7 @@ from vpt_agent.errors import UserError
 from vpt_agent.model.masking import MaskRule
 from vpt_agent.training.collate import Collator, Item
 from vpt_agent.training.reinforce.episode import Choice, Episode
+from vpt_agent.types import View
 
 if TYPE_CHECKING:
     from vpt_agent.model import VPTForConditionalGeneration
@@ -32,12 +33,13 @@ class Scorer:
     def batch(self, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Arguments of ``forward``; the labels are the choices."""
         items = [
-            Item(f"rollout {i}", _encoded(e), e.views, {n: v.sha256 for n, v in e.views.items()})
+            Item(f"rollout {i}", _encoded(e), e.views, {n: _key(v) for n, v in e.views.items()})
             for i, e in enumerate(episodes)
         ]
         made = self.collator.batch(items)
-        theirs = ("rows", "picture_keys")  # the Trainer's business, not the model's
-        return {name: _to(value, self.device) for name, value in made.items() if name not in theirs}
+        made.pop("rows")
+        moved: dict[str, Any] = _to(made, self.device)
+        return moved
 
     def score(
         self,
@@ -84,6 +86,11 @@ def open_ids(choices: Sequence[Choice], vocabulary: int) -> Tensor:
 def drawn(episodes: Sequence[Episode]) -> Tensor:
     """The recorded log probabilities [n] float32 of all choices."""
     return torch.tensor([choice.logprob for e in episodes for choice in e.choices])
+
+
+def _key(view: View) -> str:
+    """Names a picture to its tower: rollouts of a group show the same one, encoded once."""
+    return f"{'whole' if view.parent is None else 'crop'} {view.sha256}"
 
 
 def _encoded(episode: Episode) -> Encoded:
