@@ -37,7 +37,8 @@ Items = Iterable[Item] | Mapping[str, Callable[[], Item]]
 
 
 class Asks(Protocol):
-    """An agent. With ``run_batch`` (see :class:`PerceptionAgent`) items are asked together."""
+    """An agent. With ``run_batch`` (see :class:`PerceptionAgent`) items are asked together;
+    without, one by one, and :func:`evaluate`'s ``limits`` go to ``run`` if there are any."""
 
     def run(self, question: str, image: Any = None, *, tool_choice: str = "auto") -> Answer:
         """Answer one question."""
@@ -239,8 +240,10 @@ class _Chunk:
                     got=type(agent).__name__,
                     expected="a PerceptionAgent",
                 )
+            run: Any = agent.run
+            options: dict[str, Any] = {} if self.limits is None else {"limits": self.limits}
             return [
-                agent.run(i.question, self.pictures[i.id], tool_choice=setting.tool_choice)
+                run(i.question, self.pictures[i.id], tool_choice=setting.tool_choice, **options)
                 for i in part
             ]
         self.changes = {

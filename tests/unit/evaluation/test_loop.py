@@ -154,6 +154,8 @@ def test_an_agent_without_batches_is_asked_one_by_one(tmp_path: Path) -> None:
     evaluate(plain, ITEMS[:2], [FREE], tmp_path / "a")
     assert plain.asked == 2
     assert [r.score for r in read_rows(tmp_path / "a")] == [0.0, 0.0]
+    with pytest.raises(TypeError, match="limits"):  # not dropped in silence
+        evaluate(plain, ITEMS[:1], [FREE], tmp_path / "limited", limits=LIMITS)
     changed = Setting(name="s", switches=Switches(crop="black"))
     with pytest.raises(UserError, match="forward pass cannot be changed"):
         evaluate({"s": plain}, ITEMS[:1], [changed], tmp_path / "b")
