@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -232,6 +232,9 @@ class _Chunk:
         return rng.choice(fitting) if fitting else None
 
     def _answers(self, agent: Asks, setting: Setting, part: Sequence[Item]) -> list[Answer]:
+        limits = self.limits
+        if setting.calls is not None:
+            limits = replace(limits or Limits(), calls=setting.calls)
         if not hasattr(agent, "run_batch"):
             if setting.switches:
                 raise UserError(
@@ -241,7 +244,7 @@ class _Chunk:
                     expected="a PerceptionAgent",
                 )
             run: Any = agent.run
-            options: dict[str, Any] = {} if self.limits is None else {"limits": self.limits}
+            options: dict[str, Any] = {} if limits is None else {"limits": limits}
             return [
                 run(i.question, self.pictures[i.id], tool_choice=setting.tool_choice, **options)
                 for i in part
@@ -254,7 +257,7 @@ class _Chunk:
             for i in part
         ]
         answers: list[Answer] = agent.run_batch(
-            asked, tool_choice=setting.tool_choice, limits=self.limits
+            asked, tool_choice=setting.tool_choice, limits=limits
         )
         return answers
 

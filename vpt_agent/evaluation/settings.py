@@ -1,4 +1,8 @@
-"""The settings that ask "is perception used?", made for what a checkpoint can do."""
+"""The settings that ask "is perception used?", made for what a checkpoint can do.
+
+A forced kind is called once and nothing after it (``calls=1``): a second, free look would hide what
+a switch took away. Questions that need two looks are for the free choice.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,7 @@ def control_settings(kind: PerceptionKind) -> list[Setting]:
             switches=swap,
             donors=plain.name,
             donor_type=rule,
+            calls=1,
         )
         for rule in whose
     ]
@@ -58,7 +63,12 @@ def _setting(
 ) -> Setting:
     full = f"{kind.name}, {name}" if name else kind.name
     return Setting(
-        name=full, tool_choice=kind.tool, kind=kind.name, switches=switches, states=states
+        name=full,
+        tool_choice=kind.tool,
+        kind=kind.name,
+        switches=switches,
+        states=states,
+        calls=1,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.unit.evaluation.kit import item, tiny_agent
-from vpt_agent.agent import PerceptionAgent
+from vpt_agent.agent import PerceptionAgent, Question
 from vpt_agent.errors import UserError
 from vpt_agent.evaluation import (
     FREE,
@@ -233,3 +233,27 @@ def test_a_call_that_the_donor_did_not_make_is_no_wrong_answer(tmp_path: Path) -
     rows = [r for r in read_rows(tmp_path) if r.setting == "dino"]
     assert [r.status for r in rows] == ["skipped"] * 2
     assert rows[0].why == "no state of dino to swap with"
+
+
+def test_a_setting_limits_the_calls(tmp_path: Path) -> None:
+    class Watched:
+        limits: list[Limits | None] = []  # noqa: RUF012 - one instance
+
+        def run(self, question: str, image: object = None, *, tool_choice: str = "auto") -> Answer:
+            raise AssertionError("asked one by one")
+
+        def run_batch(
+            self, questions: list[Question], *, tool_choice: str, limits: Limits | None
+        ) -> list[Answer]:
+            self.limits.append(limits)
+            return PerceptionAgent.from_script(["x"] * len(questions)).run_batch(
+                [q.text for q in questions]
+            )
+
+    agent = Watched()
+    settings = [FREE, Setting(name="one", calls=1)]
+    evaluate(agent, ITEMS[:1], settings, tmp_path / "a", limits=Limits(calls=5, new_tokens=9))
+    evaluate(agent, ITEMS[:1], settings, tmp_path / "b")
+    wanted = [Limits(calls=5, new_tokens=9), Limits(calls=1, new_tokens=9), None, Limits(calls=1)]
+    assert agent.limits == wanted
+    assert {s.calls for s in control_settings(CLIP)} == {1}  # a second look would hide the switch
