@@ -56,8 +56,13 @@ def corpus() -> list[str]:
     return [text.lower() for text in texts]
 
 
-def build_tokenizer(texts: Sequence[str] | None = None) -> Qwen2Tokenizer:
-    """Train the merges and add the special and action tokens in their fixed order."""
+def build_tokenizer(
+    texts: Sequence[str] | None = None, *, merged: int = _MERGED_VOCAB
+) -> Qwen2Tokenizer:
+    """Train the merges and add the special and action tokens in their fixed order.
+
+    ``merged`` is the number of tokens that text has, bytes included.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -71,7 +76,7 @@ def build_tokenizer(texts: Sequence[str] | None = None) -> Qwen2Tokenizer:
     )
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_MERGED_VOCAB,
+        vocab_size=merged,
         special_tokens=[],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

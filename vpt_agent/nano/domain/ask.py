@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from vpt_agent.errors import UserError
-from vpt_agent.nano.alphabet import COLOURS
+from vpt_agent.nano.alphabet import COLOURS, SHAPES
+from vpt_agent.nano.domain.marks import MARKS
 from vpt_agent.nano.domain.scene import DomainScene, MarkedTag
 from vpt_agent.nano.domain.sight import AGAIN
-from vpt_agent.nano.questions import every_name
+from vpt_agent.nano.questions import every_name, every_text
 from vpt_agent.nano.views import Box
 
 Group = Literal["region", "two_looks", "none", "reencode", "either"]
@@ -20,6 +21,23 @@ Needs = tuple[tuple[str, ...], ...]
 
 FAR_APART: Final = 0.4
 """Tags to be compared lie at least this share of the picture's longer side apart."""
+
+FORMS: Final[Mapping[str, tuple[str, ...]]] = {
+    "two_looks": ("What do {} and {} say?", "Read {} and {}.", "What is written on {} and on {}?"),
+    "colour_of": ("What colour is {}?", "Which colour has {}?"),
+    "shape_of": ("What shape is {}?", "Which shape has {}?"),
+    "count_tags": ("How many tags are there?", "Count the tags."),
+    "is_there": ("Is there a tag that is {}?", "Is any tag {}?"),
+    "count_marks": ("How many tags bear a {}?", "Count the tags with a {}."),
+    "same_mark": ("Do {} and {} bear the same mark?", "Is the mark on {} the same as on {}?"),
+    "which_tag": (
+        "What colour is the tag with the {}?",
+        "Which colour has the tag that bears a {}?",
+    ),
+    "most_mark": ("Which mark is on most tags?", "Which mark is there most often?"),
+    "mark_of": ("Which mark does {} bear?", "Which mark is on {}?"),
+}
+"""How each type asks; {} is a tag's name, a colour or a mark. Regions are asked as before."""
 
 _PLACES: Final = frozenset(every_name()[-8:])
 _ANY: Final = tuple(AGAIN)
@@ -96,6 +114,22 @@ def ask(scene: DomainScene, kind: QuestionType | str, *, seed: int = 0) -> Asked
     return _ASK[found.name](scene, found, rng)
 
 
+def every_question() -> list[str]:
+    """Every word of every question and answer, for training the tokenizer."""
+    names = [f"the {word} tag" for word in every_name()[:-8]]
+    names += [text.removeprefix("Read ").rstrip(".") for text in every_text() if " tag" in text]
+    names = [name for name in dict.fromkeys(names) if name.startswith("the ")]
+    found = []
+    for form in (f for forms in FORMS.values() for f in forms):
+        by_word = "a {}" in form or "the {}" in form or "{}" not in form
+        # As often as forms that are filled with names, or their words would not become tokens.
+        fills = names if not by_word else [*MARKS, *COLOURS] * 12
+        found += [form.format(*([fill] * form.count("{}"))) for fill in fills]
+    # Answers stand alone, so they have no space before them. Names are to be one token each.
+    words = [*COLOURS, *SHAPES, *MARKS, "yes", "no"]
+    return [*every_text(), *found, *words * 60, *[f" {word}" for word in words] * 60]
+
+
 # --- naming ---------------------------------------------------------------------------------------
 
 
@@ -134,9 +168,7 @@ def _region(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked
 def _two_looks(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked | None:
     named = [i for i, t in enumerate(scene.tags) if t.names]
     a, b = rng.sample(named, 2)
-    form = rng.choice(
-        ("What do {} and {} say?", "Read {} and {}.", "What is written on {} and on {}?")
-    )
+    form = rng.choice(FORMS[kind.name])
     first, second = (_named(rng, scene.tags[i]) for i in (a, b))
     both = scene.tags[a].tag, scene.tags[b].tag
     return Asked(
@@ -156,7 +188,7 @@ def _colour_of(scene: DomainScene, kind: QuestionType, rng: random.Random) -> As
     if not able:
         return None
     tag, names = rng.choice(able)
-    form = rng.choice(("What colour is {}?", "Which colour has {}?"))
+    form = rng.choice(FORMS[kind.name])
     return Asked(kind, form.format(rng.choice(names)), tag.tag.style.colour)
 
 
@@ -172,12 +204,12 @@ def _shape_of(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Ask
         return None
     shape = rng.choice(sorted(able))
     _, names = rng.choice(able[shape])
-    form = rng.choice(("What shape is {}?", "Which shape has {}?"))
+    form = rng.choice(FORMS[kind.name])
     return Asked(kind, form.format(rng.choice(names)), shape)
 
 
 def _count_tags(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked | None:
-    form = rng.choice(("How many tags are there?", "Count the tags."))
+    form = rng.choice(FORMS[kind.name])
     return Asked(kind, form, str(len(scene.tags)))
 
 
@@ -185,7 +217,7 @@ def _is_there(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Ask
     there = sorted({t.tag.style.colour for t in scene.tags})
     yes = rng.random() < 0.5
     colour = rng.choice(there if yes else sorted(set(COLOURS) - set(there)))
-    form = rng.choice(("Is there a tag that is {}?", "Is any tag {}?"))
+    form = rng.choice(FORMS[kind.name])
     return Asked(kind, form.format(colour), "yes" if yes else "no")
 
 
@@ -198,7 +230,7 @@ def _count_marks(scene: DomainScene, kind: QuestionType, rng: random.Random) -> 
         by_count.setdefault(count, []).append(mark)
     count = rng.choice(sorted(by_count))
     mark = rng.choice(by_count[count])
-    form = rng.choice(("How many tags bear a {}?", "Count the tags with a {}."))
+    form = rng.choice(FORMS[kind.name])
     bearing = [i for i, t in enumerate(scene.tags) if t.mark == mark]
     return _of(scene, kind, form.format(mark), str(count), bearing)
 
@@ -221,7 +253,7 @@ def _same_mark(scene: DomainScene, kind: QuestionType, rng: random.Random) -> As
         return None
     same = rng.random() < 0.5
     a, b = rng.choice(pairs[same])
-    form = rng.choice(("Do {} and {} bear the same mark?", "Is the mark on {} the same as on {}?"))
+    form = rng.choice(FORMS[kind.name])
     text = form.format(_named(rng, scene.tags[a]), _named(rng, scene.tags[b]))
     return _of(scene, kind, text, "yes" if same else "no", (a, b))
 
@@ -232,9 +264,7 @@ def _which_tag(scene: DomainScene, kind: QuestionType, rng: random.Random) -> As
         return None
     mark = rng.choice(single)
     number = next(i for i, t in enumerate(scene.tags) if t.mark == mark)
-    form = rng.choice(
-        ("What colour is the tag with the {}?", "Which colour has the tag that bears a {}?")
-    )
+    form = rng.choice(FORMS[kind.name])
     answer = scene.tags[number].tag.style.colour
     return _of(scene, kind, form.format(mark), answer, (number,))
 
@@ -243,7 +273,7 @@ def _most_mark(scene: DomainScene, kind: QuestionType, rng: random.Random) -> As
     (first, most), (_, second), *_ = scene.counts().most_common()
     if most == second:
         return None
-    form = rng.choice(("Which mark is on most tags?", "Which mark is there most often?"))
+    form = rng.choice(FORMS[kind.name])
     every = [i for i, t in enumerate(scene.tags) if t.mark]
     return _of(scene, kind, form, first, every)
 
@@ -257,7 +287,7 @@ def _mark_of(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Aske
         return None
     mark = rng.choice(sorted(by_mark))
     number = rng.choice(by_mark[mark])
-    form = rng.choice(("Which mark does {} bear?", "Which mark is on {}?"))
+    form = rng.choice(FORMS[kind.name])
     return _of(scene, kind, form.format(_named(rng, scene.tags[number])), mark, (number,))
 
 

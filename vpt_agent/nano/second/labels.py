@@ -1,0 +1,75 @@
+"""Dense labels of re-encoding views: the mark on each cell, and its tag's colour and shape."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from vpt_agent.nano.alphabet import COLOURS, SHAPES
+from vpt_agent.nano.batches import Labels, _block_order
+from vpt_agent.nano.domain.marks import MARKS
+from vpt_agent.nano.domain.sight import place_in
+from vpt_agent.nano.second.pool import DomainRecord
+from vpt_agent.nano.views import PATCH
+
+CELL: Final = {"clip": PATCH, "dino": 2 * PATCH, "sam": 8}
+"""Side of a labelled cell in pixels of the view: a patch of each encoder."""
+TOKEN: Final = {"clip": 2 * PATCH, "dino": 2 * PATCH, "sam": 32}
+"""Side of what one visual token shows, in pixels of the view."""
+_MARK: Final = {name: i + 1 for i, name in enumerate(MARKS)}
+_COLOUR: Final = {name: i + 1 for i, name in enumerate(COLOURS)}
+_SHAPE: Final = {name: i + 1 for i, name in enumerate(SHAPES)}
+# A sticker reaches so far from its middle, in pixels of every re-encoding view.
+_REACH: Final = 4.5
+
+
+def again_labels(
+    record: DomainRecord, kind: str, height: int, width: int, left: float = 0, top: float = 0
+) -> Labels:
+    """(rows, columns, 3): mark, colour, shape of every cell of a window of a kind's view.
+
+    0 is none. The cell with a mark's middle bears it; its neighbours under the sticker have no
+    label for marks (-100).
+    """
+    cell = CELL[kind]
+    grid = np.zeros((height // cell, width // cell, 3), dtype=np.int64)
+    for tag in record.marks:
+        codes = (_COLOUR[tag.colour], _SHAPE[tag.shape])
+        x0, y0 = place_in(kind, record.scene.size, tag.box[0], tag.box[1])
+        x1, y1 = place_in(kind, record.scene.size, tag.box[2], tag.box[3])
+        columns = _cells(x0 - left, x1 - left, cell, 0.4)
+        rows = _cells(y0 - top, y1 - top, cell, 0.4)
+        grid[rows, columns, 1:] = codes
+    for tag in record.marks:
+        if tag.mark is None:
+            continue
+        x, y = tag.at[kind][0] - left, tag.at[kind][1] - top
+        near = _cells(y - _REACH, y + _REACH, cell, 0), _cells(x - _REACH, x + _REACH, cell, 0)
+        grid[(*near, 0)] = -100
+        row, column = int(y // cell), int(x // cell)
+        if 0 <= row < grid.shape[0] and 0 <= column < grid.shape[1]:
+            grid[row, column] = (_MARK[tag.mark], _COLOUR[tag.colour], _SHAPE[tag.shape])
+    return grid
+
+
+def _cells(low: float, high: float, cell: int, share: float) -> slice:
+    """Cells of which more than ``share`` lies between ``low`` and ``high``."""
+    first, last = int(np.floor(low / cell + share)), int(np.ceil(high / cell - share))
+    return slice(max(0, first), max(0, last))
+
+
+def in_block_order(grid: Labels) -> Labels:
+    """(patches, k) in the base tower's order."""
+    return _block_order(grid)
+
+
+def spots(record: DomainRecord, kind: str, height: int, width: int, tags: list[int]) -> Labels:
+    """Which visual tokens of a view, row by row, show the marks of these tags: (tokens,) 0 or 1."""
+    side = TOKEN[kind]
+    grid = np.zeros((height // side, width // side), dtype=np.int64)
+    for number in tags:
+        if record.marks[number].mark is not None:
+            x, y = record.marks[number].at[kind]
+            grid[min(int(y // side), len(grid) - 1), min(int(x // side), grid.shape[1] - 1)] = 1
+    return grid.reshape(-1)

@@ -1,0 +1,160 @@
+"""Train the early stages of the second version; the last one is ``vpt-agent train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from vpt_agent.errors import CheckpointError
+from vpt_agent.nano.second.batches import Batch, SecondBatches, Stage
+from vpt_agent.nano.second.model import Second, build_second
+from vpt_agent.nano.second.text import SecondEncoder, second_tokenizer
+from vpt_agent.nano.train import _Progress
+
+SEED: Final = 11
+WEIGHTS: Final = "second.safetensors"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Steps until the cosine schedule ends, peak learning rate, warm-up steps of a stage."""
+
+    steps: int
+    rate: float
+    warmup: int = 100
+
+
+STAGES: Final[dict[Stage, StageConfig]] = {
+    "see": StageConfig(6000, 1e-3),
+    "talk": StageConfig(5600, 7e-4, 200),
+}
+
+
+class _SecondTrainer(Trainer):
+    """Trainer whose model computes its own loss from a whole batch."""
+
+    found: dict[str, list[float]]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The batch's loss; shares of right predictions go to the next log line."""
+        loss, metrics = model(inputs)
+        own = {f"{inputs['name']}_loss": float(loss.detach())}
+        for name, value in {**metrics, **own}.items():
+            if value == value:
+                self.found.setdefault(name, []).append(value)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the collected metrics to a log line."""
+        if "loss" in logs:
+            for name, values in self.found.items():
+                logs[name] = sum(values) / len(values)
+            self.found = {}
+        super().log(logs, *args, **kwargs)
+
+
+def load_second(out: Path, stage: Stage) -> Second:
+    """The model that a stage begins with: fresh, or what the stage before it has learnt."""
+    torch.manual_seed(SEED)
+    model = Second(build_second(second_tokenizer()))
+    if stage == "see":
+        return model
+    source = out / "see" / WEIGHTS
+    if not source.is_file():
+        raise CheckpointError(
+            "the stage before this one has left nothing",
+            where=source,
+            fix="run the stage see into the same folder first",
+        )
+    model.load_weights(load_file(source), where=source)
+    return model
+
+
+def train_second(
+    stage: Stage,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    size: int = 16,
+    plan: Sequence[str] | None = None,
+) -> Path:
+    """Train a stage into ``out/STAGE`` from the scenes in ``out/pool``; gives the weights' file.
+
+    ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
+    schedule's length; ``plan`` replaces the kinds of batches in turn.
+    """
+    config = STAGES[stage]
+    directory = out / stage
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    last = get_last_checkpoint(str(directory)) if resume else None
+    model = load_second(out, stage)
+    done = int(last.rsplit("-", 1)[1]) if last else 0
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        use_cpu=True,
+        max_steps=steps or config.steps,
+        per_device_train_batch_size=1,
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=4,
+        learning_rate=config.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(config.warmup, (steps or config.steps) // 10),
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=40,
+        save_steps=400,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},
+        ignore_data_skip=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    data = SecondBatches(stage, out / "pool", SecondEncoder(second_tokenizer()), size, done, plan)
+
+    def export() -> None:
+        # Tied weights once: what is saved is what is loaded into a fresh model.
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        save_file(state, directory / WEIGHTS)
+
+    trainer = _SecondTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=lambda items: items[0],
+        callbacks=[_Progress(directory, minutes, size, export)],
+    )
+    trainer.found = {}
+    trainer.train(resume_from_checkpoint=last)
+    export()
+    return directory / WEIGHTS
+
+
+def export_checkpoint(out: Path, stage: Stage, target: Path) -> Path:
+    """Write a stage's model as a checkpoint that the library loads, for the last stage."""
+    model = Second(build_second(second_tokenizer()))
+    source = out / stage / WEIGHTS
+    model.load_weights(load_file(source), where=source)
+    model.vpt.save_pretrained(target)
+    second_tokenizer().save_pretrained(target)
+    return target
