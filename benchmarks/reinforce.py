@@ -4,7 +4,7 @@
 
 1. A short supervised tuning (`vpt_agent.training.train`) teaches the model questions that need no
    look (``--none``: types of `vpt_agent.nano.domain`), and to look at some tag on half of them;
-   region questions, half of the rows, keep their look.
+   region questions, one type among them, keep their look.
 2. The policy gradient (`vpt_agent.training.reinforce`) on fresh scenes: exact match less a price
    for every visual token that a call adds.
 3. Both checkpoints answer the same unseen scenes, greedily and sampled at temperature 1; the table
@@ -71,9 +71,13 @@ def ask_scene(seed: int, kind: str) -> Asked | None:
     return Asked(seed, scene.image, scene.size, kind, asked.question, asked.answer, box)
 
 
-def questions(first: int, count: int, none: Sequence[str]) -> Iterator[Asked]:
-    """``count`` questions about scenes from ``first`` on: region and the others in turn."""
-    turn = [k for name in none for k in (REGION, name)]
+def turns(none: Sequence[str], *, half: bool = True) -> list[str]:
+    """Types in turn: ``half`` of them region questions, or region one among the others."""
+    return [k for name in none for k in (REGION, name)] if half else [REGION, *none]
+
+
+def questions(first: int, count: int, turn: Sequence[str]) -> Iterator[Asked]:
+    """``count`` questions about scenes from ``first`` on, of the types in ``turn`` in turn."""
     seed = first
     for number in range(count):
         while (found := ask_scene(seed, turn[number % len(turn)])) is None:
@@ -115,7 +119,7 @@ def tune(args: argparse.Namespace) -> Path:
     if (out / "final").exists():
         return out / "final"
     say(f"tuning: {args.tune_steps} steps")
-    asked = questions(TUNE_SEED, args.tune_rows, args.none)
+    asked = questions(TUNE_SEED, args.tune_rows, turns(args.none, half=False))
     rows = write_rows(args.work / "rows", asked)
     config = make_config(
         {
@@ -148,7 +152,7 @@ class Scenes(Sequence[Any]):
     """Problems drawn when they are taken; every second one is a region question."""
 
     def __init__(self, count: int, none: Sequence[str]) -> None:
-        self.count, self.turn = count, [k for name in none for k in (REGION, name)]
+        self.count, self.turn = count, turns(none)
 
     def __len__(self) -> int:
         return self.count
@@ -222,7 +226,7 @@ def measure(args: argparse.Namespace, name: str, checkpoint: Path) -> list[dict[
     say(f"measuring {name}: {args.eval} questions, greedy and sampled")
     agent = PerceptionAgent.from_pretrained(checkpoint, device=args.device)
     rows: list[dict[str, Any]] = []
-    asked = list(questions(TEST_SEED, args.eval, args.none))
+    asked = list(questions(TEST_SEED, args.eval, turns(args.none)))
     for first in range(0, len(asked), 25):
         part = asked[first : first + 25]
         for way, heat in (("greedy", 0.0), ("sampled", 1.0)):
