@@ -250,7 +250,8 @@ class RowEncoder:
                             got=f"none left for {tag}")  # fmt: skip
         kind = self._kinds[tag]
         fixed = kind.visual_tokens if kind is not None else None
-        count = fixed or self.policy.plan(view.size, crop=view.parent is not None).visual_tokens
+        policy = self.policy.at_input(kind.input_size if kind is not None else None)
+        count = fixed or policy.plan(view.size, crop=view.parent is not None).visual_tokens
         asked = kind.name if kind is not None else "region" if view.parent is not None else ""
         call = next((w for w in waiting if w[0] == asked), None)
         if call is not None:

@@ -102,25 +102,30 @@ class FeatureStore:
         return replace(done, seconds=seconds.get(key, 0.0) if new else 0.0)
 
     def _source(self, encoder: str) -> str:
-        """The tower that computes ``encoder``: kinds on the base tower share its features."""
+        """The tower that computes ``encoder``: kinds on the base tower share its features.
+
+        But for those that declare an input size: they see other pixels.
+        """
         if encoder == "base":
             return "base"
         kind = self.model.table[encoder].kind
-        return "base" if kind.encoder == "base" else encoder
+        return "base" if kind.encoder == "base" and kind.input_size is None else encoder
 
     def _compute(self, source: str, views: list[View]) -> list[_Entry]:
         self.encoder_calls += len(views)
-        if source == "base":
-            patches = look_at(views, self.policy)
+        kind = None if source == "base" else self.model.table[source].kind
+        if kind is None or kind.encoder == "base":
+            patches = look_at(views, self.policy.at_input(kind and kind.input_size))
             grid = patches.grid_thw
             tokens = self.model.encode_images(
                 patches.pixel_values.to(self.device), grid.to(self.device)
             )
+            if kind is not None:
+                tokens = tuple(self.model.features_from_base(source, t) for t in tokens)
             return [
                 _Entry(_own(t), (int(g[0]), int(g[1]), int(g[2])), patches.kernels)
                 for t, g in zip(tokens, grid, strict=True)
             ]
-        kind = self.model.table[source].kind
         pixels = torch.stack([encoder_pixels(kind, v, self.policy) for v in views])
         names = (kernel_name("pixels", pixels_of(views[0])),)
         return [

@@ -118,7 +118,8 @@ class Collator:
         if fixed is not None:
             return fixed
         shown = views[view or ""]
-        return self.policy.plan(shown.size, crop=shown.parent is not None).visual_tokens
+        policy = self.policy.at_input(self.table[kind].input_size if kind else None)
+        return policy.plan(shown.size, crop=shown.parent is not None).visual_tokens
 
     # --- one batch ----------------------------------------------------------------------------
 
@@ -165,23 +166,27 @@ class Collator:
         self, item: Item, again: dict[str, list[Any]], keys: dict[str, list[str]]
     ) -> list[Patches]:
         """Patches of the row's base pictures in order; its re-encoded ones go to ``again``."""
-        known: dict[str, Patches] = {}
+        known: dict[tuple[str, int | None], Patches] = {}
         base: list[Patches] = []
 
-        def patches(view: View) -> Patches:
-            if view.id not in known:
-                known[view.id] = look([view], self.policy)
-            return known[view.id]
+        def patches(view: View, size: int | None = None) -> Patches:
+            if (view.id, size) not in known:
+                known[view.id, size] = look([view], self.policy.at_input(size))
+            return known[view.id, size]
 
         for span in item.encoded.record.spans:
             if span.source != "visual":
                 continue
             view = item.views[span.view or ""]
-            keys.setdefault(span.kind or "image", []).append(item.keys[view.id])
+            key, kind = item.keys[view.id], self.table[span.kind] if span.kind else None
+            size = kind.input_size if kind is not None and kind.encoder == "base" else None
+            keys.setdefault(span.kind or "image", []).append(
+                key if size is None else f"{key}@{size}"
+            )
             if span.kind is None:
                 base.append(patches(view))
             elif self.table[span.kind].encoder == "base":
-                again.setdefault(span.kind, []).append(patches(view))
+                again.setdefault(span.kind, []).append(patches(view, size))
             else:
                 pixels = encoder_pixels(self.table[span.kind], view, self.policy)
                 again.setdefault(span.kind, []).append(pixels)

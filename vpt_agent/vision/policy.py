@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from vpt_agent.errors import UserError
@@ -123,6 +123,16 @@ class ImagePolicy:
     def step(self) -> int:
         """Pixels a side of one visual token."""
         return self.patch * self.merge
+
+    def at_input(self, input_size: int | None) -> ImagePolicy:
+        """The policy of a kind that looks again through the base tower at its own ``input_size``.
+
+        That is ``fit`` with the longer side so long, larger pictures and crops alike. None gives
+        this policy itself: such a kind looks at what the first look saw.
+        """
+        if input_size is None:
+            return self
+        return replace(self, kind="fit", longest=input_size, crop_longest=input_size, upscale=True)
 
     def plan(self, size: Size, *, crop: bool = False) -> ResizePlan:
         """What happens to a picture of ``size`` (width, height); ``crop`` says that it is one.
