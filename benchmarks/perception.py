@@ -38,6 +38,7 @@ class Job:
     batch: int
     device: str
     baselines: tuple[str, ...]
+    domain: str
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -56,7 +57,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                 switched = -(-args.switch_scenes // shards)
                 jobs.append(
                     Job(split, FIRST_SEED + start, count, switched, args.work / name, args.model,
-                        args.batch, args.device, tuple(args.baseline))
+                        args.batch, args.device, tuple(args.baseline), args.domain)
                 )  # fmt: skip
     return jobs
 
@@ -68,7 +69,7 @@ def measure(job: Job) -> list[str]:
 
     from vpt_agent.agent import PerceptionAgent
     from vpt_agent.evaluation import Setting, evaluate, standard_settings
-    from vpt_agent.nano.report import scene_items
+    from vpt_agent.nano.report import domain_items, scene_items
 
     torch.set_num_threads(1)
     agent = PerceptionAgent.from_pretrained(job.model, device=job.device)
@@ -84,7 +85,10 @@ def measure(job: Job) -> list[str]:
         name, _, path = baseline.partition("=")
         settings.insert(1, Setting(name=name, tool_choice="none"))
         agents[name] = PerceptionAgent.from_pretrained(path, device=job.device)
-    items = scene_items(job.count, split=job.split, first=job.first)  # type: ignore[arg-type]
+    reencodes = any(k.payload == "control" and k.name not in untrained for k in kinds)
+    second = job.domain == "second" or (job.domain == "auto" and reencodes)
+    make = domain_items if second else scene_items
+    items = make(job.count, split=job.split, first=job.first)  # type: ignore[arg-type]
 
     def told(line: str) -> None:
         print(f"{job.folder.name}: {line}", file=sys.stderr, flush=True)
@@ -107,6 +111,13 @@ def main() -> None:
         default=[],
         metavar="NAME=CHECKPOINT",
         help="a model without perception tokens, asked without tools (may be repeated)",
+    )
+    parser.add_argument(
+        "--domain",
+        choices=("auto", "first", "second"),
+        default="auto",
+        help="first: tags to be read; second: with marks, and questions of all needs; "
+        "auto: the second for a model that was trained to re-encode",
     )
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)

@@ -233,8 +233,8 @@ class _Chunk:
 
     def _answers(self, agent: Asks, setting: Setting, part: Sequence[Item]) -> list[Answer]:
         limits = self.limits
-        if setting.calls is not None:
-            limits = replace(limits or Limits(), calls=setting.calls)
+        if setting.rounds is not None:
+            limits = replace(limits or Limits(), rounds=setting.rounds)
         if not hasattr(agent, "run_batch"):
             if setting.switches:
                 raise UserError(

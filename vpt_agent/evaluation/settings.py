@@ -1,7 +1,7 @@
 """The settings that ask "is perception used?", made for what a checkpoint can do.
 
-A forced kind is called once and nothing after it (``calls=1``): a second, free look would hide what
-a switch took away. Questions that need two looks are for the free choice.
+A forced kind is called in one turn and nothing after it (``rounds=1``): a second, free look would
+hide what a switch took away.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def control_settings(kind: PerceptionKind) -> list[Setting]:
             switches=swap,
             donors=plain.name,
             donor_type=rule,
-            calls=1,
+            rounds=1,
         )
         for rule in whose
     ]
@@ -68,7 +68,7 @@ def _setting(
         kind=kind.name,
         switches=switches,
         states=states,
-        calls=1,
+        rounds=1,
     )
 
 

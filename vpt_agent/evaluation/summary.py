@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,12 +211,18 @@ def _differences(
 
 def region_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
     """How well the regions shown meet the true objects: IoU, IoGT and the share wholly inside,
-    for all objects, small ones (under 1/64 of the picture's area) and the others apart."""
-    matches = [m for r in rows if r.counts and r.true for m in match(r.boxes, r.true, r.size)]
-    if not matches:
-        return {}
-    shown = [r for r in rows if r.counts and r.true and r.boxes]
-    if not shown:
+    for all objects, small ones (under 1/64 of the picture's area) and the others apart. Only of
+    items that need a kind which shows regions, or of which nobody said what they need."""
+    asked = [r for r in rows if r.counts and r.true]
+    alone = [{c.kind for c in r.calls} for r in asked if r.boxes]
+    showing = {kind for kinds in alone if len(kinds) == 1 for kind in kinds}
+    judged = [
+        r
+        for r in asked
+        if r.needs is None or any(kind in need for need in r.needs for kind in showing)
+    ]
+    matches = [m for r in judged for m in match(r.boxes, r.true, r.size)]
+    if not matches or not any(r.boxes for r in judged):
         return {}
     groups = {
         "all": matches,
@@ -248,9 +255,13 @@ def choice_figures(rows: Sequence[Outcome]) -> Figures:
     called = [{c.kind or c.name for c in r.calls} for r in judged]
     needs = [r.needs or () for r in judged]
     met = [
-        all(any(k in kinds for k in need) for need in wanted)
-        for kinds, wanted in zip(called, needs, strict=True)
-        if wanted
+        # A need that stands there twice asks for two calls.
+        all(
+            sum((c.kind or c.name) in need for c in row.calls) >= number
+            for need, number in Counter(row.needs).items()
+        )
+        for row in judged
+        if row.needs
     ]
     avoided = [not kinds for kinds, wanted in zip(called, needs, strict=True) if not wanted]
     names = sorted(

@@ -245,7 +245,7 @@ class Setting:
     ``states`` keeps the control states of this setting's runs: for swaps and for
     :mod:`vpt_agent.evaluation.states`. ``most`` asks only the first so many items, up to whole
     chunks: switches cost as much as what they change, and need fewer items to show a large effect.
-    ``calls`` limits the calls of an answer: without it, a model that finds one look empty takes
+    ``rounds`` limits the turns that may call: without it, a model that finds one look empty takes
     another, and what the switch took away is hidden.
     """
 
@@ -257,7 +257,7 @@ class Setting:
     donor_type: Literal["any", "same", "another"] = "any"
     states: bool = False
     most: int | None = None
-    calls: int | None = None
+    rounds: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vpt_agent.nano.scene import Scene, SceneQuestion
 
 PAGE = "report.html"
+_NEXT = 50_000_000
+"""From a scene that cannot be asked something to the next: no other item's."""
 
 
 # --- scenes as items -----------------------------------------------------------------------------
@@ -54,26 +56,66 @@ def scene_item(seed: int, *, split: Split = "train") -> Item:
 def item_of(id: str, scene: Scene, asked: SceneQuestion) -> Item:
     """A question about a scene. It shows, where asked to show the true place, what training shows.
 
-    The tags are too small to read in the whole view, so every question needs ``region``, unless
-    the question itself says otherwise (``type`` and ``needs`` of later domains).
+    The tags are too small to read in the whole view, so every question needs ``region``.
     """
     from vpt_agent.nano.views import asked_cells, crop_box
 
     image = scene.image
-    needs = getattr(asked, "needs", (("region",),))
     return Item(
         id=id,
         question=asked.question,
         answer=asked.answer,
         picture=lambda: image,
-        type=str(getattr(asked, "type", "") or question_type(asked.question)),
-        needs=tuple((n,) if isinstance(n, str) else tuple(n) for n in needs),
+        type=question_type(asked.question),
+        needs=(("region",),),
         boxes=tuple(Box(*region) for region in asked.regions),
         crops=tuple(
             Box(*crop_box(asked_cells(region, *scene.size), *scene.size))
             for region in asked.regions
         ),
         meta={"length": len(asked.answer)},
+    )
+
+
+def domain_items(
+    count: int, *, split: Split = "train", first: int = FIRST_SEED
+) -> dict[str, Callable[[], Item]]:
+    """Questions of the second version's domain (:mod:`vpt_agent.nano.domain`), by id: its groups in
+    turn, and in each group its types in turn; every one about a scene of its own."""
+    from vpt_agent.nano.domain import GROUPS, types_of
+
+    found: dict[str, Callable[[], Item]] = {}
+    for number in range(count):
+        types = types_of([GROUPS[number % len(GROUPS)]])
+        kind = types[number // len(GROUPS) % len(types)].name
+        seed = first + number
+        found[f"{split}-{kind}-{seed}"] = partial(domain_item, kind, seed, split=split)
+    return found
+
+
+def domain_item(kind: str, seed: int, *, split: Split = "train") -> Item:
+    """A question of a type about the scene of ``seed``, or about the next one far above it that
+    can be asked it."""
+    from vpt_agent.nano.domain import ask, make_domain_scene
+    from vpt_agent.nano.domain.export import shown_boxes
+
+    id, asked = f"{split}-{kind}-{seed}", None
+    while asked is None:
+        scene = make_domain_scene(seed, split=split)
+        asked = ask(scene, kind)
+        seed += _NEXT
+    image, needs = scene.image, asked.type.needs
+    looks = any("region" in need for need in needs)
+    return Item(
+        id=id,
+        question=asked.question,
+        answer=asked.answer,
+        picture=lambda: image,
+        type=asked.type.name,
+        needs=needs,
+        boxes=tuple(Box(*box) for box in asked.boxes),
+        crops=shown_boxes(asked, scene.size) if looks else (),
+        meta={"group": asked.type.group},
     )
 
 

@@ -235,7 +235,7 @@ def test_a_call_that_the_donor_did_not_make_is_no_wrong_answer(tmp_path: Path) -
     assert rows[0].why == "no state of dino to swap with"
 
 
-def test_a_setting_limits_the_calls(tmp_path: Path) -> None:
+def test_a_setting_limits_the_turns_that_call(tmp_path: Path) -> None:
     class Watched:
         limits: list[Limits | None] = []  # noqa: RUF012 - one instance
 
@@ -251,9 +251,10 @@ def test_a_setting_limits_the_calls(tmp_path: Path) -> None:
             )
 
     agent = Watched()
-    settings = [FREE, Setting(name="one", calls=1)]
+    settings = [FREE, Setting(name="one", rounds=1)]
     evaluate(agent, ITEMS[:1], settings, tmp_path / "a", limits=Limits(calls=5, new_tokens=9))
     evaluate(agent, ITEMS[:1], settings, tmp_path / "b")
-    wanted = [Limits(calls=5, new_tokens=9), Limits(calls=1, new_tokens=9), None, Limits(calls=1)]
+    given = Limits(calls=5, new_tokens=9)
+    wanted = [given, Limits(calls=5, new_tokens=9, rounds=1), None, Limits(rounds=1)]
     assert agent.limits == wanted
-    assert {s.calls for s in control_settings(CLIP)} == {1}  # a second look would hide the switch
+    assert {s.rounds for s in control_settings(CLIP)} == {1}  # a second look would hide the switch

@@ -66,6 +66,8 @@ def test_regions_by_size_of_the_object() -> None:
         Outcome("i1", "region", boxes=(), true=((0, 0, 9, 9),), size=(400, 400)),
         Outcome("i2", "region, random region", boxes=((0, 0, 9, 9),), true=((0, 0, 9, 9),),
                 size=(400, 400)),
+        Outcome("i3", "region", boxes=((0, 0, 9, 9),), true=((50, 0, 59, 9),), size=(400, 400),
+                needs=(("clip",),), calls=(CALL,)),
     ]  # fmt: skip
     figures = figures_of(found, [], SETTINGS)["regions"]
     assert list(figures) == ["region"]  # not where crops were replaced
@@ -88,14 +90,16 @@ def test_free_choices_against_needs() -> None:
         Outcome("4", "free choice", needs=(), calls=()),
         Outcome("5", "free choice", needs=(), calls=(CALL,)),
         Outcome("6", "free choice", needs=None, calls=(CALL,)),
+        Outcome("7", "free choice", needs=(("region",), ("region",)), calls=(CALL, CALL)),
+        Outcome("8", "free choice", needs=(("region",), ("region",)), calls=(CALL,)),
     ]
     figures = figures_of(found, [], SETTINGS)["choices"]["free choice"]
-    assert figures["calls_needed"]["value"] == 0.6  # of five: 0, 2, 3
-    assert figures["needed_called"]["value"] == 0.5  # items 0 and 2 of 0 to 3
+    assert figures["calls_needed"]["value"] == pytest.approx(5 / 7)  # 0, 2, 3, 7, 8; not 1, 5
+    assert figures["needed_called"]["value"] == 0.5  # items 0, 2 and 7; not 1, 3, 8
     assert figures["needless_avoided"]["value"] == 0.5
     region, other = figures["by_kind"]["region"], figures["by_kind"]["clip"]
-    assert region["precision"]["value"] == pytest.approx(2 / 3)  # 0, 3; not 5
-    assert region["recall"]["value"] == pytest.approx(2 / 3)  # 0, 3; not 1
+    assert region["precision"]["value"] == 0.8  # 0, 3, 7, 8; not 5
+    assert region["recall"]["value"] == 0.8  # 0, 3, 7, 8; not 1
     assert other["precision"]["value"] == 0.5  # 2; not 1
     assert other["recall"]["value"] == 0  # only item 3 needs just this kind
 

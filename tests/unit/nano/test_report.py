@@ -27,7 +27,8 @@ from vpt_agent.evaluation import (
 from vpt_agent.evaluation.runs import verdict
 from vpt_agent.evaluation.store import ResultStore
 from vpt_agent.nano.aims import aims_of, aims_table
-from vpt_agent.nano.report import question_type, report, scene_items
+from vpt_agent.nano.domain import GROUPS, TYPES
+from vpt_agent.nano.report import domain_items, question_type, report, scene_items
 from vpt_agent.nano.scene import make_scene
 from vpt_agent.tokens.table import CLIP, REGION
 from vpt_agent.types import Box
@@ -113,6 +114,20 @@ def test_a_scene_as_an_item() -> None:
     assert shown.right >= right
     assert shown.bottom >= bottom
     assert shown.width < scene.size[0] / 2
+
+
+def test_questions_of_the_second_domain() -> None:
+    items = domain_items(10, split="train", first=3)
+    made = [items[id]() for id in items]
+    assert [m.id for m in made] == list(items)
+    assert [m.meta["group"] for m in made] == list(GROUPS) * 2
+    assert len({m.type for m in made}) == 7  # two of each group that has two
+    for item in made:
+        assert item.needs == TYPES[item.type].needs
+        assert bool(item.crops) == any("region" in need for need in item.needs or ())
+        again = items[item.id]()
+        assert (again.question, again.answer) == (item.question, item.answer)
+        assert again.picture().tobytes() == item.picture().tobytes()
 
 
 @pytest.mark.parametrize(
