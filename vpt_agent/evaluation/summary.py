@@ -10,8 +10,10 @@ from typing import Any
 from vpt_agent.errors import UserError
 from vpt_agent.evaluation.boxes import match
 from vpt_agent.evaluation.intervals import Interval, difference, mean, share
+from vpt_agent.evaluation.items import Needs
 from vpt_agent.evaluation.states import describe_states
 from vpt_agent.evaluation.store import Outcome, State, read_manifest, read_rows, read_states
+from vpt_agent.tokens.table import PUBLISHED
 
 INVALID = frozenset(
     {
@@ -97,10 +99,11 @@ def _thrown(setting: Mapping[str, Any]) -> int:
 
 def setting_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
     """Of one setting: ``n`` asked, ``skipped``, ``failed``, ``exact``, ``by_type`` and
-    ``by_need`` (mean score with interval; :data:`NOTHING_NEEDED` for items that need no call),
+    ``by_need`` (mean score with interval; needs as :func:`need_text` says them),
     ``called`` (share of items with a call), ``calls``, ``invalid`` (share of calls
     that are none or were refused), and means per answer of what it cost."""
     asked = [r for r in rows if r.counts]
+    said = [r for r in asked if r.needs is not None]
     types = sorted({r.type for r in asked})
     wrong = [
         bad
@@ -115,8 +118,8 @@ def setting_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
         "exact": _scores(asked, seed).to_dict(),
         "by_type": {t: _scores([r for r in asked if r.type == t], seed).to_dict() for t in types},
         "by_need": {
-            kind: _scores([r for r in asked if _needing(r, kind)], seed).to_dict()
-            for kind in _needed_kinds(asked)
+            text: _scores([r for r in said if need_text(r.needs or ()) == text], seed).to_dict()
+            for text in sorted({need_text(r.needs or ()) for r in said})
         },
         "called": share([bool(r.calls or r.rejected) for r in asked]).to_dict(),
         "calls": len(wrong),
@@ -130,17 +133,19 @@ def setting_figures(rows: Sequence[Outcome], *, seed: int = 0) -> Figures:
 NOTHING_NEEDED = "nothing"
 
 
+def need_text(needs: Needs) -> str:
+    """``region and region``, ``clip or dino``, ``nothing``: what an item needs, in words."""
+    return " and ".join(" or ".join(need) for need in needs) or NOTHING_NEEDED
+
+
 def _needing(row: Outcome, kind: str) -> bool:
-    """Whether an item needs ``kind`` (or another in its place)."""
-    if row.needs is None:
-        return False
-    return any(kind in need for need in row.needs) if row.needs else kind == NOTHING_NEEDED
+    """Whether an item needs ``kind``, or another of its nature: not where a look at a region and
+    an encoding of the whole picture serve alike."""
+    return any(kind in need and len({_nature(k) for k in need}) == 1 for need in row.needs or ())
 
 
-def _needed_kinds(rows: Sequence[Outcome]) -> list[str]:
-    known = [r.needs for r in rows if r.needs is not None]
-    found = sorted({kind for needs in known for need in needs for kind in need})
-    return [*found, NOTHING_NEEDED] if () in known else found
+def _nature(kind: str) -> str:
+    return PUBLISHED[kind].payload if kind in PUBLISHED else kind
 
 
 def _scores(rows: Sequence[Outcome], seed: int) -> Interval:
