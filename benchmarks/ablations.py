@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,7 +302,7 @@ def free_calls(agent: Any, kind: Any, items: Sequence[Any]) -> list[bool]:
     return valid
 
 
-def collect(args: argparse.Namespace) -> dict[str, Any]:
+def collect(args: argparse.Namespace, failed: Mapping[str, str]) -> dict[str, Any]:
     """All groups with what was run; what was not says so."""
     told = []
     for group in groups():
@@ -315,7 +315,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
                 keep = ("figures", "no_tools", "steps", "cpu_seconds", "stopped_by_time")
                 entry |= {k: result[k] for k in keep}
             else:
-                entry["missing"] = "not run"
+                entry["missing"] = failed.get(run.name, "not run")
             runs.append(entry)
         told.append({**group, "runs": runs})
     from vpt_agent.evaluation.store import machine
@@ -350,10 +350,17 @@ def main() -> None:
     torch.set_num_threads(1)  # CPU time is what is compared
     reduced.draw_scenes(args.work / "scenes", args.scenes)
     runs = {run.name: run for group in groups() for _, run in group["runs"]}
+    from vpt_agent.errors import VPTError
+
+    failed: dict[str, str] = {}
     for name, run in runs.items():
         if args.only in name:
-            perform(run, args)
-    data = collect(args)
+            try:
+                perform(run, args)
+            except VPTError as error:  # one run's trouble is told, and the others go on
+                failed[name] = str(error)
+                print(f"{name}: {error}", file=sys.stderr)
+    data = collect(args, failed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     from vpt_agent.evaluation.runs import tables_of_runs
