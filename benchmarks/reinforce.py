@@ -1,6 +1,6 @@
 """Does a price on visual tokens remove needless looks, and nothing else? One command, resumable.
 
-    python benchmarks/reinforce.py --work DIR [--model CHECKPOINT] [--tune-steps 200] [--steps 40]
+    python benchmarks/reinforce.py --work DIR [--model CHECKPOINT] [--tune-steps 300] [--steps 40]
 
 1. A short supervised tuning (`vpt_agent.training.train`) teaches the model questions that need no
    look (``--none``: types of `vpt_agent.nano.domain`), and to look at some tag on half of them;
@@ -305,11 +305,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="keeps everything; resumes")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--model", default="shipped")
-    parser.add_argument("--none", nargs="+", default=["is_there", "count_tags", "colour_of"])
-    parser.add_argument("--tune-steps", type=int, default=200)
-    parser.add_argument("--tune-rows", type=int, default=1600)
-    parser.add_argument("--tune-batch", type=int, default=12)
-    parser.add_argument("--tune-rate", type=float, default=3e-4)
+    parser.add_argument("--none", nargs="+", default=["is_there", "count_tags"])
+    parser.add_argument("--tune-steps", type=int, default=300)
+    parser.add_argument("--tune-rows", type=int, default=1500)
+    parser.add_argument("--tune-batch", type=int, default=16)
+    parser.add_argument("--tune-rate", type=float, default=8e-4)
     parser.add_argument("--frozen", nargs="+", default=["visual"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--questions", type=int, default=6)

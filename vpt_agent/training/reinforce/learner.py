@@ -60,11 +60,12 @@ class Learner:
     def step(self, groups: Sequence[Sequence[Rollout]], *, number: int) -> dict[str, float]:
         """Learn from ``groups`` in step ``number`` (from 1).
 
-        Figures: ``skipped`` share of groups without spread, ``choices`` learnt from, ``loss``,
-        ``gap`` (largest difference between a recorded and a computed log probability before the
-        first pass; rounding only, unless something is wrong), and after the last one ``kl`` to the
-        start model a choice, ``ratio`` (mean |ratio - 1|), ``clipped`` share. Where all groups were
-        skipped nothing moves. A loss that is no number is a :class:`TrainingError`.
+        Figures: ``skipped`` share of groups without spread, ``choices`` learnt from; of the first
+        pass ``loss`` and ``gap`` (the largest difference between a recorded and a computed log
+        probability: rounding only, unless something is wrong); of the last one, before its step,
+        ``kl`` to the start model a choice, ``ratio`` (mean |ratio - 1|; with one pass it is the
+        rounding again) and the ``clipped`` share. Where all groups were skipped nothing moves. A
+        loss that is no number is a :class:`TrainingError`.
         """
         kept, skipped = self._kept(groups)
         told = {"skipped": skipped / len(groups), "choices": 0.0}
