@@ -205,7 +205,7 @@ class _Run:
             first = controls[0 if afresh else -1]
             groups.setdefault(id(past), (past, {}))[1][row] = (first, ends[row])
         for past, stretches in groups.values():
-            blocks.run(current, stretches, past, dict(shut))
+            blocks.run(current, stretches, past, shut)
 
     def _with_states(
         self,

@@ -8,7 +8,7 @@ is another one. B rows, L positions, D width; R rows, Q queries, S keys of a blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ Stretch = tuple[int, int]
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values [R, heads, S, d] by layer; ``at`` [R, S]: their positions, -1 for padding."""
+    """Keys and values [R, heads, S, d] by layer; ``at`` [R, S]: their positions, -1 for padding (on
+    the CPU)."""
 
     rows: tuple[int, ...]
     layers: Layers
@@ -35,9 +36,19 @@ class Past:
         """The part of some of its rows."""
         if tuple(rows) == self.rows:
             return self
-        index = torch.tensor([self.rows.index(r) for r in rows], device=self.at.device)
-        layers = tuple((k[index], v[index]) for k, v in self.layers)
+        index = torch.tensor([self.rows.index(r) for r in rows])
+        there = index.to(self.layers[0][0].device)
+        layers = tuple((k.index_select(0, there), v.index_select(0, there)) for k, v in self.layers)
         return Past(tuple(rows), layers, self.at[index])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """States [R, Q, D] of a block, and their positions [R, Q] (-1 for padding, on the CPU)."""
+
+    rows: tuple[int, ...]
+    at: Tensor
+    states: Tensor
 
 
 class Blocks:
@@ -48,14 +59,14 @@ class Blocks:
 
     def __init__(self, model: VPTForConditionalGeneration, positions: Tensor) -> None:
         self.model, self.positions = model, positions
-        self._pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._pieces: list[_Piece] = []
 
     def run(
         self,
         embeds: Tensor,
-        stretches: dict[int, Stretch],
+        stretches: Mapping[int, Stretch],
         past: Past | None = None,
-        hidden_keys: dict[int, Stretch] | None = None,
+        hidden_keys: Mapping[int, Stretch] | None = None,
     ) -> tuple[Tensor, Past]:
         """Run positions ``stretches`` (first, end) by row of ``embeds`` [B, L, D] behind ``past``.
 
@@ -63,62 +74,67 @@ class Blocks:
         states [R, Q, D], each row's from its first on, and the past with the stretch added.
         """
         rows = tuple(stretches)
-        width = max(end - first for first, end in stretches.values())
-        at = torch.full((len(rows), width), -1)
-        for i, (first, end) in enumerate(stretches.values()):
-            at[i, : end - first] = torch.arange(first, end)
-        at = at.to(embeds.device)
-        index = torch.tensor(rows, device=embeds.device)[:, None], at.clamp(min=0)
-        block = embeds[index]  # [R, Q, D]
-        places = self.positions[:, index[0], index[1]]  # [3, R, Q]
+        at = _places(stretches.values())
+        block, places = self._take(embeds, rows, at)
         mask = None
         if past is not None:
             past = past.select(rows)
-            mask = _visible(past.at, at, stretches, hidden_keys or {})
+            mask = _visible(past.at, at, stretches, hidden_keys or {}).to(embeds.device)
         states, layers = run_block(self.model, block, places, mask, past and past.layers)
         joined = at if past is None else torch.cat([past.at, at], dim=1)
-        self.keep(rows, at, states)
+        self._pieces.append(_Piece(rows, at, states))
         return states, Past(rows, layers, joined)
 
-    def whole(self, embeds: Tensor, lengths: dict[int, int]) -> None:
+    def whole(self, embeds: Tensor, lengths: Mapping[int, int]) -> None:
         """Run the first ``lengths`` positions of rows of ``embeds`` [B, L, D] afresh."""
         rows = tuple(lengths)
-        width = max(lengths.values())
-        index = torch.tensor(rows, device=embeds.device)
+        at = _places([(0, end) for end in lengths.values()])
+        block, places = self._take(embeds, rows, at)
         # Padding stands on the right, where a causal mask hides it.
-        states = self.model.run_language_model(
-            embeds[index, :width], self.positions[:, index, :width]
-        )
-        at = torch.arange(width, device=embeds.device).expand(len(rows), width)
-        ends = torch.tensor(list(lengths.values()), device=embeds.device)[:, None]
-        for row in rows:
-            self._pieces.pop(row, None)
-        self.keep(rows, torch.where(at < ends, at, -1), states)
+        states = self.model.run_language_model(block, places)
+        self._pieces.append(_Piece(rows, at, states))
 
-    def keep(self, rows: Sequence[int], at: Tensor, states: Tensor) -> None:
-        """Remember ``states`` [R, Q, D] at positions ``at`` [R, Q]; later ones win."""
-        for i, row in enumerate(rows):
-            self._pieces.setdefault(row, []).append((at[i], states[i]))
+    def _take(self, embeds: Tensor, rows: Sequence[int], at: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [R, Q, D] and position ids [3, R, Q] at ``at`` of ``rows``."""
+        index = at.clamp(min=0) + torch.tensor(rows)[:, None] * embeds.shape[1]  # [R, Q]
+        flat = index.flatten().to(embeds.device)
+        block = embeds.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
+        places = self.positions.flatten(1).index_select(1, flat).view(3, *index.shape)
+        return block, places
 
     def hidden(self, rows: int, length: int) -> Tensor:
-        """All states in their places [B, L, D]; zero where nothing was run."""
-        index: list[Tensor] = []
-        values: list[Tensor] = []
-        for row, pieces in sorted(self._pieces.items()):
-            for number, (at, states) in enumerate(pieces):
-                kept = at >= 0
-                for later, _ in pieces[number + 1 :]:
-                    first = later[0] if int(later[0]) >= 0 else length
-                    kept = kept & (at < first)
-                index.append(at[kept] + row * length)
-                values.append(states[kept])
-        flat = torch.cat(values)
-        empty = flat.new_zeros(rows * length, flat.shape[-1])
-        return empty.index_copy(0, torch.cat(index), flat).view(rows, length, -1)
+        """All states in their places [B, L, D]; zero where nothing was run.
+
+        Where a position was run twice the later run counts, and all that it goes on with.
+        """
+        owner = torch.full((rows, length), -1)
+        for number, piece in enumerate(self._pieces):
+            for i, row in enumerate(piece.rows):
+                owner[row, int(piece.at[i, 0]) :] = number
+        index, values = [], []
+        for number, piece in enumerate(self._pieces):
+            flat = piece.at.clamp(min=0) + torch.tensor(piece.rows)[:, None] * length
+            kept = (piece.at >= 0) & (owner.flatten()[flat] == number)
+            chosen = kept.flatten().nonzero().flatten().to(piece.states.device)
+            values.append(piece.states.flatten(0, 1).index_select(0, chosen))
+            index.append(flat[kept])
+        joined = torch.cat(values)
+        empty = joined.new_zeros(rows * length, joined.shape[-1])
+        everywhere = torch.cat(index).to(joined.device)
+        return empty.index_copy(0, everywhere, joined).view(rows, length, -1)
+
+
+def _places(stretches: Iterable[Stretch]) -> Tensor:
+    """Positions [R, Q] of ``stretches``, each from the left, -1 behind its end; on the CPU."""
+    known = list(stretches)
+    at = torch.full((len(known), max(end - first for first, end in known)), -1)
+    for i, (first, end) in enumerate(known):
+        at[i, : end - first] = torch.arange(first, end)
+    return at
 
 
 def _visible(
-    past: Tensor, at: Tensor, stretches: dict[int, Stretch], hidden: dict[int, Stretch]
+    past: Tensor, at: Tensor, stretches: Mapping[int, Stretch], hidden: Mapping[int, Stretch]
 ) -> Tensor:
     """Which keys each query sees: bool [R, 1, Q, S + Q], by their positions."""
     known = past.clone()

@@ -340,6 +340,8 @@ def arguments(config: TrainConfig, *, rows: int, evaluates: bool) -> TrainingArg
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "ignore_data_skip": True,  # our batches know where they stood
+        # A batch need not have every kind, and some published parameters are never used.
+        "ddp_find_unused_parameters": True if world > 1 else None,
         "report_to": ["tensorboard"] if _has("tensorboard") else [],
         "disable_tqdm": True,
     }

@@ -154,7 +154,9 @@ class VPTTrainer(Trainer):
         """Loss (mean over all labels) and accuracy, overall and by class, on the kept rows."""
         if self.evaluation is None:
             raise UserError("there are no rows to evaluate on", fix="set data.hold_out")
-        model = self.model_wrapped if self.model_wrapped is not None else self.model
+        # Processes have unequal numbers of batches: only sharded weights need the wrapped model.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if sharded else self.model
         was = model.training
         model.eval()
         accuracy = ClassAccuracy(self.classes)
