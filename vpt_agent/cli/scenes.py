@@ -39,8 +39,8 @@ def region_row(
     from vpt_agent.tokens.grid import box_to_region, region_to_box
 
     cells = box_to_region(box, size, KIND.grid)
-    corners = (KIND.x_token(cells[0]), KIND.y_token(cells[1]))
-    corners += (KIND.x_token(cells[2]), KIND.y_token(cells[3]))
+    tokens = (KIND.x_token, KIND.y_token, KIND.x_token, KIND.y_token)
+    corners = [spell(cell) for spell, cell in zip(tokens, cells, strict=True)]
     crop = ",".join(str(int(edge)) for edge in region_to_box(cells, size, KIND.grid, "cover"))
     texts = (
         f"{KIND.tag}\n{question}",

@@ -142,10 +142,10 @@ class _Run:
             states |= {(row, at): hidden[row, at - 1] for row, at in group}
             current = self._with_states(current, group, states)
             current = self._with_conditioned(current, group, states)
-        zeroed, hidden = self._masks()
+        zeroed, shut = self._masks()
         stacked = torch.stack([states[point] for point in points])  # [n, D]
         final = torch.cat(self.placed) if self.placed else None
-        return Forward(self.pass_over(_blanked(current, zeroed), hidden), stacked, final)
+        return Forward(self.pass_over(_blanked(current, zeroed), shut), stacked, final)
 
     def in_one_pass(self, current: Tensor, control: str) -> Forward:
         """As :meth:`with_controls`, each position computed once where that is the same function."""

@@ -80,7 +80,8 @@ class Blocks:
         if past is not None:
             past = past.select(rows)
             mask = _visible(past.at, at, stretches, hidden_keys or {}).to(embeds.device)
-        states, layers = run_block(self.model, block, places, mask, past and past.layers)
+        known = None if past is None else past.layers
+        states, layers = run_block(self.model, block, places, mask, known)
         joined = at if past is None else torch.cat([past.at, at], dim=1)
         self._pieces.append(_Piece(rows, at, states))
         return states, Past(rows, layers, joined)

@@ -134,7 +134,7 @@ class LoraPart(_Part):
     """LoRA on the language model's linear layers; ``also`` names parts that learn in full."""
 
     rank: int = Field(512, ge=1)
-    alpha: float = 1024
+    alpha: int = Field(1024, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str = r"model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
     also: tuple[str, ...] = ()

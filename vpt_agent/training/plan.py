@@ -157,7 +157,7 @@ def _config(config: TrainConfig) -> VPTConfig:
         found: VPTConfig = VPTConfig.from_pretrained(folder)
         if found.perception is not None:
             return found
-    if part.sizes not in SIZES:
+    if part.sizes is None or part.sizes not in SIZES:
         raise UserError(
             "a dry run needs the model's shapes",
             where="model.sizes",
@@ -220,4 +220,4 @@ def _activations(own: VPTConfig, config: TrainConfig, tokens: int) -> int:
         kept = layer + text.num_hidden_layers * tokens * text.hidden_size * size
     else:
         kept = layer * text.num_hidden_layers
-    return kept + math.ceil(tokens / 4) * text.vocab_size * 4 * 2
+    return int(kept) + math.ceil(tokens / 4) * int(text.vocab_size) * 4 * 2

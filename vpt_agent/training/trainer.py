@@ -34,6 +34,8 @@ class VPTTrainer(Trainer):
     model's ``forward``. Losses of single steps go to ``metrics.jsonl`` unrounded.
     """
 
+    control: Any
+
     def __init__(
         self,
         *,
