@@ -16,12 +16,14 @@ from vpt_agent.tokens.grid import (
     check_cells,
     region_to_box,
 )
+from vpt_agent.tokens.pattern import TextPattern
 from vpt_agent.tokens.table import (
     PUBLISHED,
     PerceptionKind,
     PerceptionTable,
     ResolvedKind,
     ResolvedTable,
+    own_kind,
 )
 
 __all__ = [
@@ -37,9 +39,11 @@ __all__ = [
     "RegionPolicy",
     "ResolvedKind",
     "ResolvedTable",
+    "TextPattern",
     "box_to_region",
     "call_tokens",
     "check_cells",
+    "own_kind",
     "read_text",
     "region_to_box",
 ]

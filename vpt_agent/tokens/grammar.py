@@ -4,7 +4,8 @@ It is one machine for two uses. *Reading* takes whatever stands there: coordinat
 number, as the published reader does, and turns what is no call into one :class:`ParseError`, never
 into an exception. *Generating* asks :meth:`Grammar.allowed` which ids may come next, and is then
 always a well-formed call: region start, x_min, y_min, x_max, y_max, end, with min <= max; or start,
-the control token(s), end.
+the control token(s), end; or start, a text of the row's pattern, end. What stands between start and
+end is read by one reader for each payload (`payloads`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vpt_agent.errors import CallErrorKind, UserError
-from vpt_agent.tokens.grid import check_cells, enclosing
-from vpt_agent.tokens.table import PerceptionTable, ResolvedKind, ResolvedTable
-
-Arguments = dict[str, list[int]]
+from vpt_agent.tokens.grid import check_cells
+from vpt_agent.tokens.payloads import Arguments, PayloadReader, reader_of
+from vpt_agent.tokens.table import SPACE, PerceptionTable, ResolvedKind, ResolvedTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class GrammarState:
 @dataclass(frozen=True)
 class ParsedCall:
     """A complete call. ``arguments``: grid kinds ``{"region": [x_min, y_min, x_max, y_max]}``,
-    others ``{}``. ``tokens`` are the ids from start to end."""
+    text kinds ``{argument: text}``, others ``{}``. ``tokens`` are the ids from start to end."""
 
     kind: str
     arguments: Arguments
@@ -54,26 +54,6 @@ OUTSIDE = GrammarState()
 
 
 @dataclass(frozen=True)
-class _Row:
-    row: ResolvedKind
-    x: Mapping[int, int]  # id -> column
-    y: Mapping[int, int]  # id -> row
-    payload: tuple[int, ...] | None  # the one payload of kinds without a choice
-
-    @classmethod
-    def of(cls, row: ResolvedKind, controls: int) -> _Row:
-        payload: tuple[int, ...] | None = None
-        if row.kind.payload != "grid":
-            payload = () if row.control is None else (row.control,) * controls
-        return cls(
-            row,
-            {token: i for i, token in enumerate(row.x)},
-            {token: i for i, token in enumerate(row.y)},
-            payload,
-        )
-
-
-@dataclass(frozen=True)
 class Grammar:
     """A streaming recogniser of the calls in ``table``.
 
@@ -84,14 +64,14 @@ class Grammar:
 
     table: ResolvedTable
     kinds: Iterable[str] | None = field(default=None, kw_only=True)
-    _rows: Mapping[str, _Row] = field(init=False, repr=False, compare=False)
+    _rows: Mapping[str, PayloadReader] = field(init=False, repr=False, compare=False)
     _starts: Mapping[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = None if self.kinds is None else frozenset(self.kinds)
         for name in sorted(names or ()):
             self.table[name]  # a UserError that lists the kinds, if it is not there
-        rows = {row.name: _Row.of(row, self.table.controls) for row in self.table.rows}
+        rows = {row.name: reader_of(row, self.table.controls) for row in self.table.rows}
         for attribute, value in (
             ("kinds", names),
             ("_rows", rows),
@@ -129,11 +109,11 @@ class Grammar:
         name = self._starts.get(token_id)
         if state.kind is None:
             return (OUTSIDE, None) if name is None else self._begin(name, token_id)
-        here = self._rows[state.kind]
+        here = self.table[state.kind]
         tokens = (*state.tokens, token_id)
-        if token_id == here.row.end:
+        if token_id == here.end:
             return OUTSIDE, self._close(here, tokens)
-        if self._may_hold(here, state.tokens, token_id):
+        if self._rows[state.kind].may_hold(state.tokens[1:], token_id):
             return GrammarState(state.kind, tokens), None
         if name is None:
             return OUTSIDE, self._error(here, tokens, "it holds a token that has no place there")
@@ -147,38 +127,22 @@ class Grammar:
         message = f"{name} is not offered here; offered: {offered}"
         return OUTSIDE, ParseError("unknown_tool", message, (token_id,), name)
 
-    @staticmethod
-    def _may_hold(here: _Row, before: tuple[int, ...], token_id: int) -> bool:
-        if here.payload is None:
-            return token_id in here.x or token_id in here.y
-        read = len(before) - 1
-        return read < len(here.payload) and here.payload[read] == token_id
-
-    @staticmethod
-    def _error(here: _Row, tokens: tuple[int, ...], why: str) -> ParseError:
-        wanted = "coordinates" if here.payload is None else f"{len(here.payload)} control token(s)"
-        name = here.row.name
+    def _error(self, here: ResolvedKind, tokens: tuple[int, ...], why: str) -> ParseError:
+        name, wanted = here.name, self._rows[here.name].wanted
         message = f"the {name} call is not well formed: {why}; expected: start, {wanted}, end"
         return ParseError("invalid_arguments", message, tokens, name)
 
-    def _close(self, here: _Row, tokens: tuple[int, ...]) -> Event:
-        if here.payload is not None:
-            if tokens[1:-1] == here.payload:
-                return ParsedCall(here.row.name, {}, tokens)
-            return self._error(here, tokens, f"it ends after {len(tokens) - 2} control token(s)")
-        xs = [here.x[t] for t in tokens if t in here.x]
-        ys = [here.y[t] for t in tokens if t in here.y]
-        cells = enclosing(xs, ys)
-        if cells is None:
-            lacks = " and ".join(n for n, found in (("x", xs), ("y", ys)) if not found)
-            return self._error(here, tokens, f"it has no {lacks} coordinate")
-        return ParsedCall(here.row.name, {"region": list(cells)}, tokens)
+    def _close(self, here: ResolvedKind, tokens: tuple[int, ...]) -> Event:
+        found = self._rows[here.name].close(tokens[1:-1])
+        if isinstance(found, str):
+            return self._error(here, tokens, found)
+        return ParsedCall(here.name, found, tokens)
 
     def finish(self, state: GrammarState) -> ParseError | None:
         """What it means that the ids end here: an error inside a call, nothing outside."""
         if state.kind is None:
             return None
-        return self._error(self._rows[state.kind], state.tokens, "it has no end")
+        return self._error(self.table[state.kind], state.tokens, "it has no end")
 
     def read(self, ids: Iterable[int]) -> tuple[Event, ...]:
         """All calls and errors in ``ids``, in order."""
@@ -198,20 +162,7 @@ class Grammar:
         """
         if state.kind is None:
             return None
-        here = self._rows[state.kind]
-        row, read = here.row, state.tokens[1:]
-        if here.payload is not None:
-            return frozenset(
-                (here.payload[len(read)] if len(read) < len(here.payload) else row.end,)
-            )
-        xs, ys = [here.x[t] for t in read if t in here.x], [here.y[t] for t in read if t in here.y]
-        in_order = all((t in here.x) == (i % 2 == 0) for i, t in enumerate(read))
-        if in_order and len(read) < 4:
-            ids, low = (row.x, xs) if len(read) % 2 == 0 else (row.y, ys)
-            return frozenset(ids[low[0] if low else 0 :])
-        if not xs or not ys:
-            return frozenset(row.y if xs else row.x)
-        return frozenset((row.end,))
+        return self._rows[state.kind].allowed(state.tokens[1:])
 
     def forced(self, state: GrammarState) -> int | None:
         """The one id that may come next, if there is only one."""
@@ -220,25 +171,35 @@ class Grammar:
 
 
 def call_tokens(
-    table: ResolvedTable, kind: str, region: Sequence[int] | None = None
+    table: ResolvedTable,
+    kind: str,
+    region: Sequence[int] | None = None,
+    *,
+    text: str | None = None,
 ) -> tuple[int, ...]:
     """The ids that spell a call, in the order in which models generate it.
 
-    ``region`` is [x_min, y_min, x_max, y_max] for grid kinds, and None for the others.
+    ``region`` is [x_min, y_min, x_max, y_max] for grid kinds, ``text`` the argument of text kinds;
+    both are None for the others.
     """
     row = table[kind]
-    if (region is not None) != (row.kind.payload == "grid"):
-        raise UserError(
-            "this kind takes no region" if region is not None else "this kind needs a region",
-            where=kind,
-            got=region,
-        )
-    if region is None:
-        controls = () if row.control is None else (row.control,) * table.controls
-        return (row.start, *controls, row.end)
-    cells = check_cells(region, row.kind.grid)
-    middle = (row.x[cells.x_min], row.y[cells.y_min], row.x[cells.x_max], row.y[cells.y_max])
-    return (row.start, *middle, row.end)
+    for name, value, payload in (("region", region, "grid"), ("text", text, "text")):
+        if (value is not None) != (row.kind.payload == payload):
+            raise UserError(
+                f"this kind takes no {name}" if value is not None else f"this kind needs a {name}",
+                where=kind,
+                got=value,
+            )
+    if region is not None:
+        cells = check_cells(region, row.kind.grid)
+        middle = (row.x[cells.x_min], row.y[cells.y_min], row.x[cells.x_max], row.y[cells.y_max])
+        return (row.start, *middle, row.end)
+    if text is not None:
+        row.kind.check_text(text)
+        ids = dict(zip(row.kind.characters, row.characters, strict=True))
+        return (row.start, *(ids[c] for c in text), row.end)
+    controls = () if row.control is None else (row.control,) * table.controls
+    return (row.start, *controls, row.end)
 
 
 def read_text(
@@ -251,8 +212,10 @@ def read_text(
     for an answer, comes back as a :class:`ParseError`.
     """
     ids: dict[str, int] = {}
-    resolved = table.resolve(lambda token: ids.setdefault(token, len(ids)))
-    pieces = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else []
+    spelled = {SPACE: " "}  # a space is spelled otherwise in a vocabulary than in text
+    resolved = table.resolve(lambda t: ids.setdefault(spelled.get(t, t), len(ids)))
+    longest_first = sorted(ids, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if ids else []
     events = Grammar(resolved).read(ids.get(piece, -1) for piece in pieces if piece)
     if not complete_controls:
         return events
