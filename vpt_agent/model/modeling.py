@@ -341,22 +341,10 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         ids = _checked(input_ids, unsupported)
         named = (detection_images, seg_images, clip_pixel_values, clip_images_grid_thw)
         looks = _looks(perception_inputs, named)
-        output = run_forward(
-            self,
-            Inputs(
-                ids,
-                attention_mask,
-                position_ids,
-                pixel_values,
-                image_grid_thw,
-                looks,
-                picture_keys or {},
-                memory,
-            ),
-            control=control or self.config.control,
-            passes=passes,
-            masking=masking,
-        )
+        inputs = Inputs(ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks,
+                        picture_keys or {}, memory)  # fmt: skip
+        control = control or self.config.control
+        output = run_forward(self, inputs, control=control, passes=passes, masking=masking)
         if labelled_only:
             return self._labelled(output, labels)
         hidden = output.hidden[:, -logits_to_keep:] if logits_to_keep else output.hidden
@@ -365,9 +353,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         if labels is not None:
             scored = logits if not logits_to_keep else self.compute_logits(output.hidden)
             loss = token_mean_loss(scored, labels)
-        result = VPTOutput(
-            loss=loss, logits=logits, controls=output.controls, features=output.features
-        )
+        result = VPTOutput(loss, logits, output.controls, output.features)
         return result if return_dict is not False else result.to_tuple()
 
     def _labelled(self, output: Forward, labels: Tensor | None) -> VPTOutput:
