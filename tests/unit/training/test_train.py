@@ -267,3 +267,10 @@ def test_extras_that_are_missing(
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(MissingExtraError, match=r"reading YAML needs PyYAML"):
         config(place, tmp_path).to_yaml()
+
+
+def test_alignment_needs_something_to_align(tmp_path: Path) -> None:
+    world.save_model(tmp_path / "model", encoders=())
+    data = _rows(tmp_path, world.direct_row("p0.png"))
+    with pytest.raises(UserError, match=r"alignment needs a kind with a projector"):
+        train(world.config(tmp_path, stage="alignment", data=data))
