@@ -115,7 +115,9 @@ class FeatureStore:
         self.encoder_calls += len(views)
         kind = None if source == "base" else self.model.table[source].kind
         if kind is None or kind.encoder == "base":
-            patches = look_at(views, self.policy.at_input(kind and kind.input_size))
+            patches = look_at(
+                views, self.policy.at_input(None if kind is None else kind.input_size)
+            )
             grid = patches.grid_thw
             tokens = self.model.encode_images(
                 patches.pixel_values.to(self.device), grid.to(self.device)

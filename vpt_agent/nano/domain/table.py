@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from vpt_agent.nano.domain.sight import AGAIN
-from vpt_agent.nano.views import GRID
+from vpt_agent.nano.views import GLOBAL_LONGEST, GRID
 from vpt_agent.tokens.table import CLIP, DINO, REGION, SAM, PerceptionTable
 
 VISUAL_TOKENS: Final = 256
@@ -49,3 +49,17 @@ ENCODERS: Final[dict[str, dict[str, Any]]] = {
     },
 }
 """DINOv2 with patches as large as the base tower's visual tokens; SAM with small ones."""
+
+
+def equal_size() -> tuple[PerceptionTable, dict[str, dict[str, Any]]]:
+    """Table and encoder shapes of the variant to report beside it: no second look is larger.
+
+    clip looks at what the first look saw; dino and sam get about the first look's 224 pixels, with
+    patches so much smaller that the visual tokens are as many as before.
+    """
+    sizes = {"dino": GLOBAL_LONGEST, "sam": GLOBAL_LONGEST}
+    kinds = [replace(k, input_size=sizes.get(k.name)) for k in TABLE.kinds]
+    shapes = {name: dict(shape) for name, shape in ENCODERS.items()}
+    shapes["detection"] |= {"patch_size": GLOBAL_LONGEST // 16, "image_size": GLOBAL_LONGEST}
+    shapes["seg"] |= {"patch_size": 7, "image_size": GLOBAL_LONGEST}
+    return PerceptionTable(tuple(kinds)), shapes

@@ -31,6 +31,7 @@ from vpt_agent.nano.pool import Pixels
 from vpt_agent.nano.second.labels import CELL, again_labels, in_block_order, spots
 from vpt_agent.nano.second.model import token_labels
 from vpt_agent.nano.second.pool import AskedRecord, DomainPool, DomainRecord
+from vpt_agent.nano.second.stickers import Stickers
 from vpt_agent.nano.second.text import (
     END,
     SecondEncoder,
@@ -48,11 +49,13 @@ Stage = Literal["see", "talk"]
 Batch = dict[str, Any]
 # Kinds of batches in turn. See: characters, then marks by each encoder.
 PLAN: Final[dict[Stage, tuple[str, ...]]] = {
-    "see": ("chars", "clip", "chars", "dino", "sam"),
+    "see": ("chars", "clip", "chars", "clip", "dino", "chars", "clip", "sam"),
     "talk": ("region", "clip", "none", "dino", "region", "sam", "two_looks", "read"),
 }
 WINDOW: Final = 168
 """Side of the windows cut out of the clip view: 12 patches around a mark."""
+MORE: Final = 60
+"""So many stickers are put into a view in the stage see, where there is room for them."""
 HIDE: Final = 0.5
 """Share of re-encoding rows whose question is masked after its control state was taken."""
 
@@ -72,6 +75,7 @@ class SecondBatches(IterableDataset[Batch]):
         self.stage, self.directory, self.encoder = stage, pool, encoder
         self.size, self.start = size, start
         self.plan = tuple(plan or PLAN[stage])
+        self._stock: dict[str, Stickers] = {}
         self.pad = token_id(encoder.tokenizer, END_OF_TEXT)
         self.words = torch.tensor(
             [encoder.ids_of(f" {w}")[-1] for w in (*MARKS, *COLOURS, *SHAPES)]
@@ -99,6 +103,11 @@ class SecondBatches(IterableDataset[Batch]):
             return self._again(pool, rng, kind)
         return self._plain(pool, rng, kind)
 
+    def _stickers(self, kind: str) -> Stickers:
+        if kind not in self._stock:
+            self._stock[kind] = Stickers(kind)
+        return self._stock[kind]
+
     # --- dense labels only ----------------------------------------------------------------------
 
     def _chars(self, pool: DomainPool, rng: random.Random, count: int) -> Batch:
@@ -117,6 +126,7 @@ class SecondBatches(IterableDataset[Batch]):
 
     def _windows(self, pool: DomainPool, rng: random.Random) -> Batch:
         images, labels = _Images(), []
+        stickers = self._stickers("clip")
         for _ in range(2 * self.size):
             shard, record = rng.choice(pool.records)
             view = pool.view(shard, record.again["clip"])
@@ -124,8 +134,9 @@ class SecondBatches(IterableDataset[Batch]):
             x, y = rng.choice(marked).at["clip"] if marked else (0.0, 0.0)
             left = _edge(x - rng.uniform(20, WINDOW - 20), view.shape[1])
             top = _edge(y - rng.uniform(20, WINDOW - 20), view.shape[0])
-            images.add(view[top : top + WINDOW, left : left + WINDOW])
             grid = again_labels(record, "clip", WINDOW, WINDOW, left, top)
+            part = view[top : top + WINDOW, left : left + WINDOW]
+            images.add(stickers.add(rng, part, grid, MORE // 6))
             labels.append(in_block_order(grid))
         tensors, _ = images.close()
         patches = len(tensors["patches"])
@@ -140,11 +151,14 @@ class SecondBatches(IterableDataset[Batch]):
 
     def _whole(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
         views, labels = [], []
+        stickers = self._stickers(kind)
         # Half as many for sam: its 4096 patches a picture take as long.
         for _ in range(self.size // 2 if kind == "sam" else self.size):
             shard, record = rng.choice(pool.records)
-            views.append(pool.view(shard, record.again[kind]))
-            labels.append(again_labels(record, kind, *views[-1].shape[:2]).reshape(-1, 3))
+            view = pool.view(shard, record.again[kind])
+            grid = again_labels(record, kind, *view.shape[:2])
+            views.append(stickers.add(rng, view, grid, MORE))
+            labels.append(grid.reshape(-1, 3))
         return {
             "pixels": torch.from_numpy(np.stack(views)),
             "again_labels": torch.from_numpy(np.concatenate(labels)),
@@ -228,7 +242,7 @@ class SecondBatches(IterableDataset[Batch]):
                 encoded = self.encoder.encode_again(pieces, [token_grid(view)], count)
                 items.append((encoded, [first]))
                 whose.append(len(pixels) - 1)
-                looked.append(spots(record, kind, *again.shape[:2], question.tags))
+                looked.append(spots(record, kind, again, question.tags))
         batch: Batch = collate(images, items, self.pad) | images.labels()
         batch |= self._features(kind, images, seen, pixels, labels, whose)
         batch |= _control(batch, self.encoder, kind, rng, looked)
@@ -279,7 +293,8 @@ def _first_reply(batch: Batch, encoder: SecondEncoder, kind: str) -> torch.Tenso
     # The call ends with the first end of turn that is learnt.
     end = token_id(encoder.tokenizer, END)
     before = ((labels == end) & learnt).cumsum(1)
-    return learnt & ((before == 0) | ((before == 1) & (labels == end)))
+    first: torch.Tensor = learnt & ((before == 0) | ((before == 1) & (labels == end)))
+    return first
 
 
 def _control(

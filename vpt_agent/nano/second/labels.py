@@ -9,7 +9,7 @@ import numpy as np
 from vpt_agent.nano.alphabet import COLOURS, SHAPES
 from vpt_agent.nano.batches import Labels, _block_order
 from vpt_agent.nano.domain.marks import MARKS
-from vpt_agent.nano.domain.sight import place_in
+from vpt_agent.nano.domain.sight import Pixels, place_in
 from vpt_agent.nano.second.pool import DomainRecord
 from vpt_agent.nano.views import PATCH
 
@@ -20,8 +20,8 @@ TOKEN: Final = {"clip": 2 * PATCH, "dino": 2 * PATCH, "sam": 32}
 _MARK: Final = {name: i + 1 for i, name in enumerate(MARKS)}
 _COLOUR: Final = {name: i + 1 for i, name in enumerate(COLOURS)}
 _SHAPE: Final = {name: i + 1 for i, name in enumerate(SHAPES)}
-# A sticker reaches so far from its middle, in pixels of every re-encoding view.
-_REACH: Final = 4.5
+REACH: Final = 4.5
+"""A sticker reaches so far from its middle, in pixels of every re-encoding view."""
 
 
 def again_labels(
@@ -45,7 +45,7 @@ def again_labels(
         if tag.mark is None:
             continue
         x, y = tag.at[kind][0] - left, tag.at[kind][1] - top
-        near = _cells(y - _REACH, y + _REACH, cell, 0), _cells(x - _REACH, x + _REACH, cell, 0)
+        near = _cells(y - REACH, y + REACH, cell, 0), _cells(x - REACH, x + REACH, cell, 0)
         grid[(*near, 0)] = -100
         row, column = int(y // cell), int(x // cell)
         if 0 <= row < grid.shape[0] and 0 <= column < grid.shape[1]:
@@ -64,9 +64,9 @@ def in_block_order(grid: Labels) -> Labels:
     return _block_order(grid)
 
 
-def spots(record: DomainRecord, kind: str, height: int, width: int, tags: list[int]) -> Labels:
+def spots(record: DomainRecord, kind: str, view: Pixels, tags: list[int]) -> Labels:
     """Which visual tokens of a view, row by row, show the marks of these tags: (tokens,) 0 or 1."""
-    side = TOKEN[kind]
+    side, (height, width) = TOKEN[kind], view.shape[:2]
     grid = np.zeros((height // side, width // side), dtype=np.int64)
     for number in tags:
         if record.marks[number].mark is not None:

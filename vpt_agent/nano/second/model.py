@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
     from vpt_agent.model import VPTForConditionalGeneration
+    from vpt_agent.tokens.table import PerceptionTable
 
 # As published a condition starts so long that f + (f . c) c is c many times over: what the
 # encoder saw would be lost before anything was learnt.
@@ -30,7 +31,11 @@ _NAMES: Final = ("mark", "colour", "shape")
 Metrics = dict[str, float]
 
 
-def build_second(tokenizer: Qwen2Tokenizer) -> VPTForConditionalGeneration:
+def build_second(
+    tokenizer: Qwen2Tokenizer,
+    table: PerceptionTable = TABLE,
+    encoders: dict[str, dict[str, Any]] = ENCODERS,
+) -> VPTForConditionalGeneration:
     """A fresh model of all kinds, float32: the first version's sizes and the small encoders."""
     from vpt_agent.model import VPTForConditionalGeneration
     from vpt_agent.model.configuration import VPTConfig, perception_manifest
@@ -39,8 +44,8 @@ def build_second(tokenizer: Qwen2Tokenizer) -> VPTForConditionalGeneration:
 
     base = build_model(tokenizer).config.to_dict()
     perception = perception_manifest(
-        TABLE,
-        token_ids(tokenizer, TABLE),
+        table,
+        token_ids(tokenizer, table),
         images=image_policy(),
         regions="cover",
         trigger="free",
@@ -52,7 +57,7 @@ def build_second(tokenizer: Qwen2Tokenizer) -> VPTForConditionalGeneration:
             "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings",
             "initializer_range")  # fmt: skip
     config = VPTConfig(
-        **{k: base[k] for k in keep}, perception=perception, encoders=ENCODERS, positions="mrope"
+        **{k: base[k] for k in keep}, perception=perception, encoders=encoders, positions="mrope"
     )
     config._attn_implementation = "sdpa"
     model = VPTForConditionalGeneration(config)
@@ -101,7 +106,7 @@ class Second(nn.Module):
         }
         self.marks = nn.ModuleDict({kind: MarkHead(width) for kind, width in widths.items()})
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As any module's, but the output embedding, which is the input embedding, only once."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name != _TIED}
@@ -133,9 +138,9 @@ class Second(nn.Module):
 
     def _seen(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Metrics]:
         """Base features of all tower pictures, those of the other encoder, dense losses."""
-        loss, metrics = torch.zeros(()), {}
+        loss, metrics = torch.zeros(()), Metrics()
         kind = batch.get("kind", "")
-        base = tokens = torch.zeros(0)
+        base = torch.zeros(0)
         if "patches" in batch:
             states = tower_states(self.vpt.visual, batch["patches"], batch["grids"])
             base = self.vpt.visual.merger(states).float()
@@ -176,6 +181,7 @@ class Second(nn.Module):
         loss = functional.cross_entropy(logits, targets[chosen])
         right = (logits.argmax(-1) == targets[chosen]).float()
         name = batch["name"]
+        metrics[f"{name}_said"] = float(loss.detach())
         first = batch["first_reply"][chosen]
         metrics[f"{name}_call"] = float(right[first].mean())
         metrics[f"{name}_answer"] = float(right[~first].mean())

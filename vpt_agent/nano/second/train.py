@@ -33,12 +33,12 @@ class StageConfig:
 
 
 STAGES: Final[dict[Stage, StageConfig]] = {
-    "see": StageConfig(6000, 1e-3),
+    "see": StageConfig(8000, 1e-3),
     "talk": StageConfig(5600, 7e-4, 200),
 }
 
 
-class _SecondTrainer(Trainer):
+class _SecondTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose model computes its own loss from a whole batch."""
 
     found: dict[str, list[float]]
@@ -67,11 +67,16 @@ class _SecondTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def load_second(out: Path, stage: Stage) -> Second:
-    """The model that a stage begins with: fresh, or what the stage before it has learnt."""
+def load_second(out: Path, stage: Stage, tower: Path | None = None) -> Second:
+    """The model that a stage begins with: fresh, or what the stage before it has learnt.
+
+    ``tower`` is a checkpoint of the first version, whose vision tower the first stage goes on from.
+    """
     torch.manual_seed(SEED)
     model = Second(build_second(second_tokenizer()))
     if stage == "see":
+        if tower is not None:
+            _take_tower(model, tower / "model.safetensors")
         return model
     source = out / "see" / WEIGHTS
     if not source.is_file():
@@ -84,6 +89,20 @@ def load_second(out: Path, stage: Stage) -> Second:
     return model
 
 
+def _take_tower(model: Second, source: Path) -> None:
+    if not source.is_file():
+        raise CheckpointError("there is no such checkpoint", where=source)
+    state = load_file(source)
+    own = {k.split("visual.", 1)[1]: v.float() for k, v in state.items() if "visual." in k}
+    missing, unexpected = model.vpt.visual.load_state_dict(own, strict=False)
+    if missing or unexpected:
+        raise CheckpointError(
+            "this checkpoint has another vision tower",
+            where=source,
+            got=[*missing, *unexpected][:10],
+        )
+
+
 def train_second(
     stage: Stage,
     out: Path,
@@ -94,6 +113,7 @@ def train_second(
     threads: int = 2,
     size: int = 16,
     plan: Sequence[str] | None = None,
+    tower: Path | None = None,
 ) -> Path:
     """Train a stage into ``out/STAGE`` from the scenes in ``out/pool``; gives the weights' file.
 
@@ -105,7 +125,7 @@ def train_second(
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     last = get_last_checkpoint(str(directory)) if resume else None
-    model = load_second(out, stage)
+    model = load_second(out, stage, tower)
     done = int(last.rsplit("-", 1)[1]) if last else 0
     arguments = TrainingArguments(
         output_dir=str(directory),
