@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 import torch
 
 from vpt_agent.data import RowEncoder
+from vpt_agent.engine.features import FeatureStore
+from vpt_agent.engine.parts import Look
 from vpt_agent.errors import CheckpointError
 from vpt_agent.nano.conversation import Encoded
 from vpt_agent.nano.domain import AGAIN, MARKS, ask, make_domain_scene
@@ -40,6 +42,8 @@ from vpt_agent.nano.ship import MOST_BYTES, MOST_PARAMETERS, image_policy
 from vpt_agent.nano.views import asked_cells, crop_box, fit_view
 from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.training.collate import Collator
+from vpt_agent.types import Box, View
+from vpt_agent.vision.patches import look
 from vpt_agent.vision.policy import ImagePolicy
 
 POLICY = ImagePolicy.from_manifest(image_policy())
@@ -221,6 +225,24 @@ def test_sizes(model: Second, encoder: SecondEncoder) -> None:
     assert 2 * count < MOST_BYTES
     assert all(TABLE[k].input_size == size > 224 for k, size in AGAIN.items())
     assert all(len(encoder.ids_of(f" {mark}")) == 1 for mark in MARKS)
+
+
+def test_the_engine_looks_again_at_the_declared_size(model: Second) -> None:
+    """Features of a kind of the base tower are those of its own input, not of the first look."""
+    view = View("image_1", (scene := make_domain_scene(3)).image, "image_1", Box(0, 0, 844, 844),
+                scene.size)  # fmt: skip
+    store = FeatureStore(model.vpt, POLICY, torch.device("cpu"), capacity=8)
+    looks = [Look(kind, (view,)) for kind in ("base", *AGAIN)]
+    with torch.no_grad():
+        base, clip, dino, sam = (done[0] for done in store.look_all(looks))
+        patches = look([view], POLICY.at_input(504))
+        (own,) = model.vpt.encode_images(patches.pixel_values, patches.grid_thw)
+    assert [len(x.tokens) for x in (base, clip, dino, sam)] == [64, 324, 256, 256]
+    assert clip.grid == (1, 36, 36)
+    torch.testing.assert_close(clip.tokens, own)
+    assert store.encoder_calls == 4
+    assert POLICY.at_input(None) is POLICY
+    assert ImagePolicy().at_input(504).plan((840, 420), crop=True).size == (504, 252)
 
 
 def test_equal_size_is_a_variant(encoder: SecondEncoder) -> None:
