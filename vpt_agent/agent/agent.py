@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpt_agent.agent.dispatch import Dispatcher
-from vpt_agent.agent.plan import Abilities
+from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
 from vpt_agent.engine.core import Engine, LanguageModel
@@ -21,6 +21,7 @@ from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import MissingExtraError, UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
+from vpt_agent.tokens.table import PerceptionTable, ResolvedTable
 from vpt_agent.tool import PerceptionTool, ToolRegistry
 from vpt_agent.trace import RunFinished, Trace
 from vpt_agent.types import Answer, Limits, Usage
@@ -94,6 +95,8 @@ class PerceptionAgent:
         ``device`` auto takes a GPU if there is one. ``dtype`` auto is the checkpoint's on a GPU
         and float32 on the CPU. ``tools``: None takes every installed tool, a list adds its tools
         to those, a registry replaces them. ``progress`` hears one line per stage of loading.
+        A model with a kind of its own needs that kind's tool: without it (and without a registry,
+        which says that it is meant) a :class:`UserError` names the tool and its contract.
         """
         from vpt_agent.agent.load import load_parts
 
@@ -104,7 +107,7 @@ class PerceptionAgent:
             parts.model,
             parts.tokenizer,
             policy=parts.policy,
-            registry=_registry(tools),
+            registry=_registry(tools, parts.model.table, parts.abilities),
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
@@ -129,7 +132,7 @@ class PerceptionAgent:
             parts.model,
             parts.tokenizer,
             policy=parts.policy,
-            registry=_registry(tools),
+            registry=_registry(tools, parts.model.table, parts.abilities),
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
@@ -142,17 +145,20 @@ class PerceptionAgent:
         tools: Tools = None,
         *,
         encoders: Sequence[str] = ("clip", "dino", "sam"),
+        table: PerceptionTable | None = None,
     ) -> PerceptionAgent:
-        """An agent whose model says ``turns``, one after another: for tests and demos."""
+        """An agent whose model says ``turns``, one after another: for tests and demos. It knows the
+        published kinds of ``encoders``, or those of ``table``."""
         from vpt_agent.model.scripted import ScriptedModel
 
-        model = ScriptedModel(turns, encoders=encoders)
+        model = ScriptedModel(turns, encoders=encoders, table=table)
+        abilities = Abilities(name="scripted")
         return cls(
             model,
             model.tokenizer,
             policy=ImagePolicy(),
-            registry=_registry(tools),
-            abilities=Abilities(name="scripted"),
+            registry=_registry(tools, model.table, abilities),
+            abilities=abilities,
         )
 
     def close(self) -> None:
@@ -278,10 +284,12 @@ def _question(entry: Question | str | tuple[str, Images]) -> Question:
 
 
 def _registry(
-    tools: Tools,
+    tools: Tools, table: ResolvedTable | None = None, abilities: Abilities | None = None
 ) -> ToolRegistry:
     if isinstance(tools, ToolRegistry):
         return tools
     registry = ToolRegistry.from_entry_points()
     registry.add_all(tools or ())
+    if table is not None and abilities is not None:
+        require_tools(table, registry, abilities)
     return registry

@@ -13,6 +13,7 @@ from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.tokens.grid import RegionPolicy
 from vpt_agent.tokens.table import PUBLISHED, ResolvedTable
 from vpt_agent.tool import ToolRegistry
+from vpt_agent.tool.registry import GROUP
 from vpt_agent.types import Limits, View
 
 
@@ -68,8 +69,9 @@ def plan_request(
     if abilities.trigger == "phrase":
         if first:
             question = layout.with_trigger(question, first[0])
-        elif tool_choice == "auto" and not any(
-            table[k].kind.trigger in question for k in offered if table[k].kind.trigger
+        # A kind without a phrase is called freely, whatever the others need.
+        elif tool_choice == "auto" and all(
+            table[k].kind.trigger and table[k].kind.trigger not in question for k in offered
         ):
             warnings.append(
                 "this model calls its tools only when it is asked to: with tool_choice='auto' and "
@@ -95,6 +97,30 @@ def plan_request(
         sources=sources,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def require_tools(table: ResolvedTable, registry: ToolRegistry, abilities: Abilities) -> None:
+    """Raise :class:`UserError` if a kind of the user's own has no tool: nothing that is installed
+    with this library would answer its calls. (Published kinds without their tools are only not
+    offered, with a warning.)"""
+    shipped = {kind.tool for kind in PUBLISHED.values()}
+    for row in table.rows:
+        name = row.kind.tool
+        if name in shipped or registry.find(name) is not None:
+            continue
+        hashes = [f"{k}, contract {v}" for k, v in abilities.contracts.items() if k == name
+                  or k.startswith(f"{name}@")]  # fmt: skip
+        failed = [f"it is installed but did not load: {f.error} ({f.owner})"
+                  for f in registry.failed if f.name == name]  # fmt: skip
+        raise UserError(
+            "this model calls a tool that is not here",
+            where=f"{abilities.name}, perception kind {row.name}",
+            got="; ".join(failed) or "tools: " + (", ".join(t.name for t in registry) or "none"),
+            expected=", ".join(hashes) or f"{name}, whose contract the checkpoint does not say",
+            fix=f"pass it: PerceptionAgent.from_pretrained(..., tools=[{name}]); or install the "
+            f"package that offers it under the entry point group {GROUP!r}; to go without it, pass "
+            "a ToolRegistry of just the tools you want",
+        )
 
 
 def _required(

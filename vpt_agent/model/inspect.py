@@ -27,7 +27,8 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class KindReport:
-    """One kind: its tokens' ids, and how it looks again."""
+    """One kind: its tokens' ids, and how it looks again. ``text`` is how a text payload reads:
+    the argument and its pattern."""
 
     name: str
     tool: str
@@ -40,6 +41,8 @@ class KindReport:
     visual_tokens: int | None
     input_size: int | None
     trained: bool
+    payload: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class CheckpointReport:
             ids = f"start {k.start}, end {k.end}"
             if k.control is not None:
                 ids += f", control {k.control}, placeholder {k.placeholder}"
-            how = f"grid {k.grid} x {k.grid}" if k.grid else f"encoder {k.encoder}"
+            how = f"grid {k.grid} x {k.grid}" if k.grid else k.text or f"encoder {k.encoder}"
             if k.visual_tokens:
                 how += f", {k.visual_tokens} visual tokens from {k.input_size} px"
             state = "" if k.trained else "  (untrained: runs, but its result means nothing)"
@@ -148,6 +151,8 @@ def _kind(row: ResolvedKind, untrained: Iterable[str]) -> KindReport:
         visual_tokens=kind.visual_tokens,
         input_size=kind.input_size,
         trained=row.name not in set(untrained),
+        payload=kind.payload,
+        text=f"text {kind.argument}: {kind.pattern}" if kind.payload == "text" else "",
     )
 
 

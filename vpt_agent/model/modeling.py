@@ -41,6 +41,7 @@ from vpt_agent.model.fresh import FromScratch
 from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.model.positions import Grid, rope_positions
+from vpt_agent.tokens.table import PerceptionKind
 
 
 @dataclass
@@ -86,12 +87,24 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
             encoder, projector = build_parts(
                 kind, config.encoders or {}, text.hidden_size, self.table.controls
             )
-            self._projectors[kind.name] = kind.projector
-            setattr(self, kind.projector, projector)
-            if encoder is not None:
-                self._encoders[kind.name] = f"{kind.config_prefix}_model"
-                setattr(self, f"{kind.config_prefix}_model", encoder)
+            self._hold(kind, encoder, projector)
         self.post_init()
+
+    def _hold(self, kind: PerceptionKind, encoder: nn.Module | None, projector: Projector) -> None:
+        self._projectors[kind.name] = str(kind.projector)
+        setattr(self, str(kind.projector), projector)
+        if encoder is not None:
+            self._encoders[kind.name] = f"{kind.config_prefix}_model"
+            setattr(self, f"{kind.config_prefix}_model", encoder)
+
+    def add_parts(
+        self, kind: PerceptionKind, encoder: nn.Module | None, projector: Projector
+    ) -> None:
+        """Hold the parts of a new kind; see :func:`vpt_agent.model.add_perception_kind`."""
+        for part in (projector, encoder):
+            if part is not None:
+                part.to(device=self.device, dtype=self.dtype).train(self.training)
+        self._hold(kind, encoder, projector)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, XavierLinear | PlainConv):

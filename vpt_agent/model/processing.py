@@ -25,6 +25,7 @@ from vpt_agent.tokens.table import (
     IM_START,
     IMAGE_PAD,
     IMAGE_TAG,
+    PUBLISHED,
     VISION_END,
     VISION_START,
     PerceptionKind,
@@ -173,11 +174,17 @@ class VPTProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _base(
-        self, views: list[View], pixels: str, grids: str, data: dict[str, Any]
+        self,
+        views: list[View],
+        pixels: str,
+        grids: str,
+        data: dict[str, Any],
+        *,
+        size: int | None = None,
     ) -> Iterator[int]:
         if not views:
             return iter(())
-        patches = look(views, self.policy)
+        patches = look(views, self.policy.at_input(size))
         data[pixels], data[grids] = patches.pixel_values, patches.grid_thw
         return iter(patches.visual_tokens)
 
@@ -185,11 +192,16 @@ class VPTProcessor(ProcessorMixin):
         self, kind: PerceptionKind, views: list[View], data: dict[str, Any]
     ) -> Iterator[int]:
         prefix = kind.config_prefix
+        pixels, grids, pictures = (
+            f"{prefix}_{name}" for name in ("pixel_values", "images_grid_thw", "images")
+        )
+        if kind.name not in PUBLISHED:  # forward has no arguments of their own for these
+            data = data.setdefault("perception_inputs", {}).setdefault(kind.name, {})
+            pixels, grids, pictures = "pixel_values", "grid_thw", "pixels"
         if kind.encoder == "base":
-            return self._base(views, f"{prefix}_pixel_values", f"{prefix}_images_grid_thw", data)
+            return self._base(views, pixels, grids, data, size=kind.input_size)
         if views:
-            pixels = [encoder_pixels(kind, v, self.policy) for v in views]
-            data[f"{prefix}_images"] = torch.stack(pixels)
+            data[pictures] = torch.stack([encoder_pixels(kind, v, self.policy) for v in views])
         return iter([kind.visual_tokens or 0] * len(views))
 
     def _widen(self, text: str, counts: Mapping[str, Iterator[int]]) -> str:

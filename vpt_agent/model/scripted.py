@@ -20,6 +20,7 @@ from vpt_agent.tokens.table import (
     IM_END,
     IM_START,
     IMAGE_PAD,
+    SPACE,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
@@ -55,7 +56,10 @@ class ScriptedTokenizer:
         return dict(self._added)
 
     def convert_tokens_to_ids(self, tokens: str) -> int | None:
-        """Id of an added token, or None."""
+        """Id of an added token or of one ASCII character, or None."""
+        plain = " " if tokens == SPACE else tokens
+        if len(plain) == 1 and plain.isascii():
+            return ord(plain) + self._offset
         return self._added.get(tokens)
 
     @property

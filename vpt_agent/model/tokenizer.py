@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2 import Qwen2Tokenizer
 
 from vpt_agent.errors import CheckpointError
-from vpt_agent.tokens.table import END_OF_TEXT, IM_END, IMAGE_PAD, PerceptionTable
+from vpt_agent.tokens.table import (
+    END_OF_TEXT,
+    IM_END,
+    IMAGE_PAD,
+    PerceptionTable,
+    character_tokens,
+)
 
 
 def load_tokenizer(
@@ -62,11 +68,13 @@ def extend(tokenizer: PreTrainedTokenizerBase, table: PerceptionTable) -> frozen
 
 
 def kind_tokens(table: PerceptionTable) -> list[str]:
-    """Every token that the rows of ``table`` name, once, in the rows' order."""
+    """Every token that the rows of ``table`` name, once, in the rows' order; the characters of
+    text payloads, which every vocabulary has, come last."""
     tokens: list[str] = []
     for kind in table.kinds:
         tokens += [kind.placeholder, kind.start, kind.end, *kind.grid_tokens]
         tokens += [kind.control] if kind.control else []
+    tokens += [token for kind in table.kinds for token in character_tokens(kind)]
     return list(dict.fromkeys(tokens))
 
 
