@@ -17,6 +17,9 @@ square that is cut out of the middle (dino). The first look has 224 on the longe
 
 _DINO_SHORTEST: Final = AGAIN["dino"] * 256 // 224
 
+PADDING: Final = (124, 116, 104)
+"""Colour of SAM's padding in :func:`again_view`: the mean, which is zero when normalised."""
+
 Pixels = NDArray[np.uint8]
 
 
@@ -84,8 +87,8 @@ def global_view(image: Image.Image) -> Image.Image:
 def again_view(image: Image.Image, kind: str) -> Image.Image:
     """An RGB picture as the kind's encoder gets it, before its mean and deviation.
 
-    As :mod:`vpt_agent.vision.encoders` makes them, in PIL; SAM's padding is black there and the
-    mean colour here, which is zero after normalisation in both.
+    As :mod:`vpt_agent.vision.encoders` makes them, in PIL. SAM's padding, zero there, is
+    :data:`PADDING` here.
     """
     if kind == "clip":
         return fit_view(image, AGAIN["clip"])
@@ -95,6 +98,6 @@ def again_view(image: Image.Image, kind: str) -> Image.Image:
         left, top = (width - side) // 2, (height - side) // 2
         large = image.resize((width, height), Image.Resampling.BICUBIC)
         return large.crop((left, top, left + side, top + side))
-    canvas = Image.new("RGB", (AGAIN["sam"], AGAIN["sam"]), (124, 116, 104))
+    canvas = Image.new("RGB", (AGAIN["sam"], AGAIN["sam"]), PADDING)
     canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), (0, 0))
     return canvas

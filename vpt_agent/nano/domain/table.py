@@ -24,9 +24,10 @@ TABLE: Final = PerceptionTable(
 
 ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "detection": {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
+        # Narrower, a patch of 28 x 28 pixels does not fit into a token with its marks.
+        "hidden_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
         "mlp_ratio": 3,
         "patch_size": AGAIN["dino"] // 16,
         "image_size": AGAIN["dino"],

@@ -54,8 +54,10 @@ PLAN: Final[dict[Stage, tuple[str, ...]]] = {
 }
 WINDOW: Final = 168
 """Side of the windows cut out of the clip view: 12 patches around a mark."""
-MORE: Final = 60
+MORE: Final = 180
 """So many stickers are put into a view in the stage see, where there is room for them."""
+SHIFT: Final = 20
+"""Whole views are moved by up to so many pixels in the stage see."""
 HIDE: Final = 0.5
 """Share of re-encoding rows whose question is masked after its control state was taken."""
 
@@ -136,7 +138,7 @@ class SecondBatches(IterableDataset[Batch]):
             top = _edge(y - rng.uniform(20, WINDOW - 20), view.shape[0])
             grid = again_labels(record, "clip", WINDOW, WINDOW, left, top)
             part = view[top : top + WINDOW, left : left + WINDOW]
-            images.add(stickers.add(rng, part, grid, MORE // 6))
+            images.add(stickers.add(rng, part, grid, MORE // 9))
             labels.append(in_block_order(grid))
         tensors, _ = images.close()
         patches = len(tensors["patches"])
@@ -155,8 +157,10 @@ class SecondBatches(IterableDataset[Batch]):
         # Half as many for sam: its 4096 patches a picture take as long.
         for _ in range(self.size // 2 if kind == "sam" else self.size):
             shard, record = rng.choice(pool.records)
-            view = pool.view(shard, record.again[kind])
-            grid = again_labels(record, kind, *view.shape[:2])
+            # Moved a little, or the marks of a small pool are learnt by heart.
+            left, top = rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT)
+            view = _moved(pool.view(shard, record.again[kind]), left, top)
+            grid = again_labels(record, kind, *view.shape[:2], left, top)
             views.append(stickers.add(rng, view, grid, MORE))
             labels.append(grid.reshape(-1, 3))
         return {
@@ -278,6 +282,13 @@ class SecondBatches(IterableDataset[Batch]):
         index = [spans[i][:: MERGE * MERGE] // (MERGE * MERGE) for i in whose]
         made["again_index"] = torch.from_numpy(np.concatenate(index))
         return made
+
+
+def _moved(view: Pixels, left: int, top: int) -> Pixels:
+    """The view from (left, top) on, at most SHIFT pixels off; its edge is continued."""
+    height, width = view.shape[:2]
+    wide = np.pad(view, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    return wide[top + SHIFT : top + SHIFT + height, left + SHIFT : left + SHIFT + width]
 
 
 def _edge(start: float, side: int) -> int:

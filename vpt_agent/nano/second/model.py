@@ -11,6 +11,7 @@ from torch.nn import functional
 from vpt_agent.errors import CheckpointError
 from vpt_agent.nano.alphabet import COLOURS, SHAPES
 from vpt_agent.nano.domain.marks import MARKS
+from vpt_agent.nano.domain.sight import PADDING
 from vpt_agent.nano.domain.table import ENCODERS, TABLE
 from vpt_agent.nano.model import DenseHeads, _pointing, build_model, text_states, tower_states
 from vpt_agent.nano.views import MERGE
@@ -128,6 +129,10 @@ class Second(nn.Module):
         """Encoder output of uint8 views (n, S, S, 3): tokens (n, V, W) or maps (n, W, H, H)."""
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         normed = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        if kind == "sam":
+            # Padding is exactly zero in the library; a norm would make much of what is nearly so.
+            padding = (pixels == torch.tensor(PADDING, dtype=torch.uint8)).all(-1)
+            normed = normed * ~padding[:, None]
         stacked = torch.stack(self.vpt.run_tower(kind, pixels=normed))
         return stacked
 

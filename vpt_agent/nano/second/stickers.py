@@ -83,7 +83,7 @@ class Stickers:
     def add(self, rng: random.Random, view: Pixels, labels: Labels, count: int) -> Pixels:
         """The view with up to ``count`` more stickers; ``labels`` (rows, columns, 3) say so, too.
 
-        None touches another: where a cell has a mark, or no label for one, nothing is put.
+        None lies on another: where a cell has a mark, or no label for one, nothing is put.
         """
         cell = CELL[self.kind]
         result = view.astype(np.float32)
@@ -96,9 +96,7 @@ class Stickers:
             columns = slice(
                 max(0, int((x - drawn.reach) // cell)), int((x + drawn.reach) // cell) + 1
             )
-            # One cell more on each side is looked at: neighbours would share its patch.
-            near = labels[max(0, rows.start - 1) : rows.stop + 1,
-                          max(0, columns.start - 1) : columns.stop + 1, 0]  # fmt: skip
+            near = labels[rows, columns, 0]
             row, column = int(y // cell), int(x // cell)
             if near.any() or row >= len(labels) or column >= labels.shape[1]:
                 continue
