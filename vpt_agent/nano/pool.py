@@ -28,8 +28,8 @@ from vpt_agent.nano.views import (
     fit_view,
 )
 
-# The larger global view of the second baseline: about as many visual tokens as view plus crop.
-LARGE_LONGEST: Final = 308
+# The larger global view of the second baseline: as many visual tokens as view plus crop.
+LARGE_LONGEST: Final = 336
 SHARD: Final = 100
 Pixels = NDArray[np.uint8]
 Cells = tuple[int, int, int, int]
