@@ -160,7 +160,7 @@ class SecondBatches(IterableDataset[Batch]):
             # Moved a little, or the marks of a small pool are learnt by heart.
             left, top = rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT)
             view = _moved(pool.view(shard, record.again[kind]), left, top)
-            grid = again_labels(record, kind, *view.shape[:2], left, top)
+            grid = again_labels(record, kind, view.shape[0], view.shape[1], left, top)
             views.append(stickers.add(rng, view, grid, MORE))
             labels.append(grid.reshape(-1, 3))
         return {

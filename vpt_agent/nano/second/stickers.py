@@ -68,7 +68,8 @@ class Stickers:
         side = math.ceil(sticker.width / finer) + 2
         canvas = Image.new("RGBA", (round(side * finer), round(side * finer)))
         # Colour without cover, or resizing would mix black into the rim.
-        canvas.paste(Image.new("RGB", canvas.size, sticker.getpixel((sticker.width // 2, 2))[:3]))
+        paper = np.asarray(sticker)[2, sticker.width // 2, :3]
+        canvas.paste(Image.new("RGB", canvas.size, tuple(int(part) for part in paper)))
         canvas.putalpha(0)
         room = canvas.width - sticker.width
         x, y = rng.randint(0, room), rng.randint(0, room)
@@ -78,7 +79,9 @@ class Stickers:
         small = np.asarray(canvas.resize((side, side), filter_), dtype=np.float32)
         scale = side / canvas.width
         middle = ((x + sticker.width / 2) * scale, (y + sticker.height / 2) * scale)
-        return _Drawn(mark, small[..., :3], small[..., 3:] / 255, middle, REACH * zoom)
+        return _Drawn(
+            mark, small[..., :3], (small[..., 3:] / 255).astype(np.float32), middle, REACH * zoom
+        )
 
     def add(self, rng: random.Random, view: Pixels, labels: Labels, count: int) -> Pixels:
         """The view with up to ``count`` more stickers; ``labels`` (rows, columns, 3) say so, too.

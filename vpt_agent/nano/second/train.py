@@ -103,6 +103,32 @@ def _take_tower(model: Second, source: Path) -> None:
         )
 
 
+def _arguments(directory: Path, config: StageConfig, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(directory),
+        use_cpu=True,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=4,
+        learning_rate=config.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(config.warmup, steps // 10),
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=40,
+        save_steps=400,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},
+        ignore_data_skip=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=SEED,
+    )
+
+
 def train_second(
     stage: Stage,
     out: Path,
@@ -127,29 +153,7 @@ def train_second(
     last = get_last_checkpoint(str(directory)) if resume else None
     model = load_second(out, stage, tower)
     done = int(last.rsplit("-", 1)[1]) if last else 0
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        use_cpu=True,
-        max_steps=steps or config.steps,
-        per_device_train_batch_size=1,
-        dataloader_num_workers=1,
-        dataloader_prefetch_factor=4,
-        learning_rate=config.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(config.warmup, (steps or config.steps) // 10),
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        logging_steps=40,
-        save_steps=400,
-        save_total_limit=1,
-        remove_unused_columns=False,
-        accelerator_config={"dispatch_batches": False},
-        ignore_data_skip=True,
-        report_to=[],
-        disable_tqdm=True,
-        seed=SEED,
-    )
+    arguments = _arguments(directory, config, steps or config.steps)
     data = SecondBatches(stage, out / "pool", SecondEncoder(second_tokenizer()), size, done, plan)
 
     def export() -> None:
