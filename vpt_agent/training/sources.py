@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
-from vpt_agent.data import ImageRef, Mixture, Row, Rules, read_row
+from vpt_agent.data import Mixture, Row, Rules, load_rows
 from vpt_agent.errors import UserError
 from vpt_agent.training.config import DataPart, Source
 
@@ -42,14 +40,14 @@ class RowFile(Sequence[Placed]):
                 got=f"scenes: {source.scenes}",
                 fix="use vpt-agent train, or vpt-agent nano scenes, and give the path",
             )
-        self.path, self.remap = source.path, source.remap
+        self.path = source.path
         self.folder = source.images or source.path.parent
-        self._rows: Sequence[Any] = _read(self.path)[first:last]
-        self._first, self.rules = first, rules
+        self._rows = load_rows(source.path, folder=self.folder, remap=source.remap, rules=rules)
+        self._range = range(len(self._rows))[first:last]
 
     def __len__(self) -> int:
         """How many rows there are."""
-        return len(self._rows)
+        return len(self._range)
 
     @overload
     def __getitem__(self, index: int) -> Placed: ...
@@ -61,44 +59,7 @@ class RowFile(Sequence[Placed]):
         """One row (or several); what is wrong with it is a :class:`UserError`."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        where = f"{self.path}, row {self._first + index % len(self)}"
-        data = self._rows[index]
-        if isinstance(data, str):
-            try:
-                data = json.loads(data)
-            except ValueError as error:
-                raise UserError("a line is no JSON", where=where, got=str(error)) from error
-        row = read_row(data, where=where, rules=self.rules)
-        return Placed(_moved(row, self.remap), self.folder)
-
-
-def _read(path: Path) -> Sequence[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [line for line in text.splitlines() if line.strip()]
-        data = json.loads(text)
-    except OSError as error:
-        raise UserError("a file of rows cannot be read", where=path, got=error.strerror) from error
-    except ValueError as error:
-        raise UserError("a file of rows is no JSON", where=path, got=str(error)) from error
-    if not isinstance(data, list):
-        raise UserError("a file of rows holds a JSON array", where=path, got=type(data).__name__)
-    return data
-
-
-def _moved(row: Row, remap: Mapping[str, str]) -> Row:
-    def path_of(ref: ImageRef) -> ImageRef:
-        for old, new in remap.items():
-            if ref.path.startswith(old):
-                return replace(ref, path=new + ref.path[len(old) :])
-        return ref
-
-    if not remap:
-        return row
-    return replace(
-        row, pictures={tag: tuple(map(path_of, refs)) for tag, refs in row.pictures.items()}
-    )
+        return Placed(self._rows[self._range[index]], self.folder)
 
 
 def rules_of(data: DataPart) -> Rules:

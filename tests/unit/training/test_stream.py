@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,13 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
         ).data
 
     path = tmp_path / "rows.json"
-    with pytest.raises(UserError, match=r"a file of rows cannot be read"):
+    with pytest.raises(UserError, match=r"there is no such file"):
         training_rows(data(path), seed=0)
     path.write_text("{")
-    with pytest.raises(UserError, match=r"a file of rows is no JSON"):
+    with pytest.raises(UserError, match=r"no JSON array.*does not begin with"):
         training_rows(data(path), seed=0)
     path.write_text("{}")
-    with pytest.raises(UserError, match=r"holds a JSON array"):
+    with pytest.raises(UserError, match=r"no JSON array"):
         training_rows(data(path), seed=0)
     path.write_text("[{}, {}]")
     with pytest.raises(UserError, match=r"no rows left for training.*hold_out: 2"):
@@ -110,12 +111,22 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
         training_rows(scenes, seed=0)
     lines = tmp_path / "rows.jsonl"
     lines.write_text("{\n")
-    with pytest.raises(UserError, match=r"a line is no JSON; where: .*rows.jsonl, row 0"):
+    with pytest.raises(UserError, match=r"this is no JSON; where: rows.jsonl, line 1"):
         RowFile(Source(path=lines))[0]
 
 
-def test_paths_are_remapped(file: Path) -> None:
-    source = Source(path=file, remap={"p": "/data/p"})
-    row = RowFile(source)[1].row
-    assert [ref.path for ref in row.pictures["<image>"]] == ["/data/p1.png", "/data/p1.png"]
-    assert RowFile(source)[1:3][1].row.where.endswith("row 2")
+def test_paths_are_remapped(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "It."}]
+    paths = ["/old/p0.png", "/older/p1.png", "p2.png"]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"messages": turns, "images": [p]} for p in paths]))
+    rows = RowFile(Source(path=file, remap={"/old": "/new"}), first=1)
+    assert [row.row.pictures["<image>"][0].path for row in rows] == [
+        "/older/p1.png",  # whole folders only
+        str(tmp_path / "p2.png"),
+    ]
+    assert (
+        RowFile(Source(path=file, remap={"/old": "/new"}))[0].row.pictures["<image>"][0].path
+        == "/new/p0.png"
+    )
+    assert rows[0:2][1].row.where.endswith("row 2")
