@@ -23,8 +23,9 @@ class Mixture(Iterable[T], Generic[T]):
     one that can be indexed is read only where its rows are given out, so that skipping is cheap.
     Weights need not sum to 1; a source of weight 0 is left out.
 
-    ``buffer`` is the size of the shuffle buffer (1: no shuffling). Where all sources can be indexed
-    the buffer holds numbers, not rows: make it as large as the data for a full shuffle.
+    ``buffer`` is the size of the shuffle buffer of a source that is streamed (1: no shuffling at
+    all). A source that can be indexed is shuffled as a whole, anew in each pass over it; in every
+    pass each row comes once.
     ``stop`` says when a pass ends: when the ``first`` source runs out, when ``all`` were read to
     their end (the shorter ones begin again), or ``never``.
 
@@ -119,7 +120,7 @@ class Mixture(Iterable[T], Generic[T]):
         skip, self._resume = self._resume, 0
         self._position, self.drawn = skip, [0] * len(self.sources)
         index, count = self._shard
-        for number, (source, take) in enumerate(self._shuffled()):
+        for number, (source, take) in enumerate(self._mixed()):
             if number < skip:
                 continue
             self._position = number + 1
@@ -127,25 +128,13 @@ class Mixture(Iterable[T], Generic[T]):
                 self.drawn[source] += 1
                 yield take()
 
-    def _shuffled(self) -> Iterator[tuple[int, _Take[T]]]:
-        chance = random.Random(f"buffer {self.seed} {self.epoch}")
-        held: list[tuple[int, _Take[T]]] = []
-        for item in self._mixed():
-            if len(held) < self.buffer:
-                held.append(item)
-                continue
-            place = chance.randrange(len(held))
-            held[place], item = item, held[place]
-            yield item
-        chance.shuffle(held)
-        yield from held
-
     def _mixed(self) -> Iterator[tuple[int, _Take[T]]]:
         """(number of the source, what gives its row), in shares by chance."""
         chance = random.Random(f"shares {self.seed} {self.epoch}")
         live = [i for i, (_, weight) in enumerate(self.sources) if weight > 0]
         weights = [self.sources[i][1] for i in live]
-        streams = {i: _takes(self.sources[i][0]) for i in live}
+        passes = dict.fromkeys(live, 0)
+        streams = {i: self._pass(i, 0) for i in live}
         unfinished = set(live)
         while True:
             (i,) = chance.choices(live, weights)
@@ -154,21 +143,35 @@ class Mixture(Iterable[T], Generic[T]):
                 unfinished.discard(i)
                 if self.stop == "first" or (self.stop == "all" and not unfinished):
                     return
-                streams[i] = _takes(self.sources[i][0])
+                passes[i] += 1
+                streams[i] = self._pass(i, passes[i])
                 take = next(streams[i], None)
                 if take is None:
                     raise UserError("a source of a mixture has no rows", where=f"source {i}")
             yield i, take
 
-
-def _takes(source: Iterable[T]) -> Iterator[_Take[T]]:
-    if isinstance(source, Sequence):
-        rows = cast("Sequence[T]", source)
-        for index in range(len(rows)):
-            yield lambda index=index: rows[index]  # type: ignore[misc]
-    else:
+    def _pass(self, number: int, again: int) -> Iterator[_Take[T]]:
+        """Every row of a source once. Nothing is held over, so that no row comes twice before
+        another has come once."""
+        source = self.sources[number][0]
+        chance = random.Random(f"rows {self.seed} {self.epoch} {number} {again}")
+        if isinstance(source, Sequence):
+            rows = cast("Sequence[T]", source)
+            order = list(range(len(rows)))
+            if self.buffer > 1:
+                chance.shuffle(order)
+            for index in order:
+                yield lambda index=index: rows[index]  # type: ignore[misc]
+            return
+        held: list[_Take[T]] = []
         for row in source:
-            yield lambda row=row: row  # type: ignore[misc]
+            held.append(lambda row=row: row)  # type: ignore[misc]
+            if len(held) >= self.buffer:
+                place = chance.randrange(len(held))
+                held[place], held[-1] = held[-1], held[place]
+                yield held.pop()
+        chance.shuffle(held)
+        yield from held
 
 
 def _check_weights(weights: Sequence[float]) -> None:

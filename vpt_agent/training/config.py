@@ -221,7 +221,7 @@ def read_config(path: Path | str, changes: Sequence[str] = ()) -> TrainConfig:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError("the config cannot be read", where=path, got=error.strerror) from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError("the config is no YAML", where=path, got=error) from error
     if not isinstance(data, dict):
         raise UserError("a config is a table of keys and values", where=path, got=repr(data)[:80])
@@ -235,6 +235,11 @@ def _change(data: dict[str, Any], change: str) -> None:
     names = key.split(".")
     if not mark or not all(names):
         raise UserError("a change of the config is KEY=VALUE", got=change, expected="data.rows=2")
+    yaml = _yaml()
+    try:
+        wanted = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError("the value of a change is no YAML", got=change) from error
     at: Any = data
     for number, name in enumerate(names):
         place: int | str = name
@@ -245,7 +250,7 @@ def _change(data: dict[str, Any], change: str) -> None:
         elif not isinstance(at, dict):
             raise UserError("a change reaches into a value", where=key, got=repr(at))
         if number + 1 == len(names):
-            at[place] = _yaml().safe_load(value)
+            at[place] = wanted
         else:
             at = at.setdefault(name, {}) if isinstance(at, dict) else at[int(place)]
 

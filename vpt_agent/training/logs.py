@@ -47,6 +47,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def mean_loss(folder: Path) -> float | None:
+    """The mean of the training losses in the metrics in ``folder``; None where there are none."""
+    losses = [row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row]
+    return sum(losses) / len(losses) if losses else None
+
+
 def plot_losses(folder: Path) -> Path | None:
     """Draw ``loss.png`` from the metrics in ``folder``; None where matplotlib is not installed."""
     try:

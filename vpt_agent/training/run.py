@@ -25,7 +25,7 @@ from vpt_agent.training.answers import answer_rows
 from vpt_agent.training.collate import Collator
 from vpt_agent.training.config import MaskPart, TrainConfig
 from vpt_agent.training.freeze import freeze
-from vpt_agent.training.logs import plot_losses
+from vpt_agent.training.logs import METRICS, mean_loss, plot_losses
 from vpt_agent.training.lora import add_lora, merge_lora
 from vpt_agent.training.sources import evaluation_rows, rules_of, training_rows
 from vpt_agent.training.stream import Batches, Cursor, Fixed, Shape
@@ -97,7 +97,8 @@ def train(
     return Trained(
         final,
         trainer.state.global_step,
-        float(result.training_loss),
+        # Not the trainer's own: after a resume it divides a part of the losses by all steps.
+        mean_loss(config.out) or float(result.training_loss),
         padding,
         {name: n for name, n in trainer.rows.items() if n},
         metrics,
@@ -115,8 +116,13 @@ def _prepare_folder(config: TrainConfig, *, resume: bool) -> Path | None:
         )
     name = STATE.format(rank=int(os.environ.get("RANK", "0")))
     found = sorted(
-        (p.parent for p in config.out.glob(f"checkpoint-*/{name}")),
-        key=lambda p: int(p.name.split("-")[1]),
+        (
+            p.parent
+            for p in config.out.glob(f"checkpoint-*/{name}")
+            # A copy that somebody made by hand is not a checkpoint of this run.
+            if p.parent.name.removeprefix("checkpoint-").isdigit()
+        ),
+        key=lambda p: int(p.name.removeprefix("checkpoint-")),
     )
     if resume:
         if not found:
@@ -133,6 +139,8 @@ def _prepare_folder(config: TrainConfig, *, resume: bool) -> Path | None:
             fix="go on with --resume, or choose another out",
         )
     config.out.mkdir(parents=True, exist_ok=True)
+    # Of a run that was stopped before its first checkpoint.
+    (config.out / METRICS).unlink(missing_ok=True)
     (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return None
 

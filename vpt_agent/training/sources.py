@@ -12,10 +12,10 @@ from vpt_agent.training.config import DataPart, Source
 
 
 class Placed(NamedTuple):
-    """A row, and the folder in which its relative picture paths begin."""
+    """A row, and the folder in which its relative picture paths begin (None: they are placed)."""
 
     row: Row
-    folder: Path
+    folder: Path | None
 
 
 class RowFile(Sequence[Placed]):
@@ -41,8 +41,8 @@ class RowFile(Sequence[Placed]):
                 fix="use vpt-agent train, or vpt-agent nano scenes, and give the path",
             )
         self.path = source.path
-        self.folder = source.images or source.path.parent
-        self._rows = load_rows(source.path, folder=self.folder, remap=source.remap, rules=rules)
+        folder = source.images or source.path.parent
+        self._rows = load_rows(source.path, folder=folder, remap=source.remap, rules=rules)
         self._range = range(len(self._rows))[first:last]
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class RowFile(Sequence[Placed]):
         """One row (or several); what is wrong with it is a :class:`UserError`."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return Placed(self._rows[self._range[index]], self.folder)
+        return Placed(self._rows[self._range[index]], None)
 
 
 def rules_of(data: DataPart) -> Rules:

@@ -130,3 +130,23 @@ def test_paths_are_remapped(tmp_path: Path) -> None:
         == "/new/p0.png"
     )
     assert rows[0:2][1].row.where.endswith("row 2")
+
+
+def test_pictures_of_a_relative_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.save_rows(tmp_path / "below", 3)
+    monkeypatch.chdir(tmp_path)
+    relative = next(Path("below").rglob("*.json"))
+    collator = make_collator(world.config(tmp_path), tiny_model()[1])
+    for placed in RowFile(Source(path=relative)):
+        assert collator.item(placed.row, placed.folder) is not None
+
+
+def test_a_pass_takes_each_row_once(file: Path) -> None:
+    config = world.config(file.parent.parent)
+    data = config.data.model_copy(update={"sources": (Source(path=file),), "hold_out": 0})
+    mixture, count = training_rows(data, seed=5)
+    taken = [placed.row.where for placed in islice(mixture, 2 * count)]
+    assert len(set(taken[:count])) == len(set(taken[count:])) == count
+    assert taken[:count] != taken[count:]
