@@ -5,7 +5,7 @@ An error says what went wrong, where, what was given, what was expected and what
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 CallErrorKind = Literal[
     "unknown_tool",
@@ -39,6 +39,20 @@ class VPTError(Exception):
             if value is not None:
                 parts.append(f"{label}: {value}")
         super().__init__("; ".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that an error of any of these types comes whole out of another process."""
+        plain = {
+            name: value if isinstance(value, str | int | float | None) else str(value)
+            for name, value in self.__dict__.items()
+        }
+        return _rebuilt, (type(self), self.args, plain)
+
+
+def _rebuilt(kind: type[VPTError], args: tuple[Any, ...], parts: dict[str, Any]) -> VPTError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(parts)
+    return error
 
 
 class UserError(VPTError, ValueError):

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vpt_agent.data import Mixture
-from vpt_agent.errors import UserError
+from vpt_agent.errors import UserError, VPTError
 from vpt_agent.training.collate import Batch, Collator, plan_batches
 from vpt_agent.training.sources import Placed
 
@@ -75,7 +75,13 @@ class Batches(IterableDataset[Batch]):
             torch.set_num_threads(1)
         # The loader asks worker 0 first; after a resume that is not whose turn it was.
         worker = ((info.id if info else 0) + self.given) % workers
-        return self._share(worker, workers)
+        try:
+            yield from self._share(worker, workers)
+        except VPTError as error:
+            if info is None:
+                raise
+            # Raised in a worker, it would reach the user as the text of a traceback.
+            yield {"error": error}
 
     def _share(self, worker: int, workers: int) -> Iterator[Batch]:
         size = self.shape.window

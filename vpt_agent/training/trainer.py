@@ -99,6 +99,13 @@ class VPTTrainer(Trainer):
         ours = ("rows", "cursor", "counts")
         return {name: value for name, value in inputs.items() if name not in ours}
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device; what a worker found wrong is raised here."""
+        if "error" in inputs:
+            raise inputs["error"]
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -195,10 +195,13 @@ def _rows(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
     return {"sources": [{"path": str(tmp_path / "bad.json")}], "hold_out": 0}
 
 
-def test_a_row_with_too_few_pictures(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_with_too_few_pictures(place: Path, tmp_path: Path, workers: int) -> None:
     bad = world.region_row("p0.png") | {"images": ["p0.png"]}
-    with pytest.raises(UserError, match=r"too few pictures.*bad.json, row 0, images"):
-        train(config(place, tmp_path, data=_rows(tmp_path, bad)))
+    data = _rows(tmp_path, bad) | {"workers": workers}
+    with pytest.raises(UserError, match=r"^too few pictures.*bad.json, row 0, images") as told:
+        train(config(place, tmp_path, data=data))
+    assert "Traceback" not in str(told.value)
 
 
 def test_a_kind_that_the_model_has_not(tmp_path: Path) -> None:
