@@ -130,9 +130,14 @@ class VPTTrainer(Trainer):
                 got=value,
                 fix="lower optim.learning_rate, raise optim.warmup, or look at these rows",
             )
+        loss = output.loss
         if model.training:
             self._count(inputs, value)
-        return (output.loss, output) if return_outputs else output.loss
+            if not loss.requires_grad:
+                # No row of the batch reaches what is trained (a projector, and rows without its
+                # action): such a step has gradients of zero, as it has among other rows.
+                loss = loss + sum(p.sum() * 0 for p in model.parameters() if p.requires_grad)
+        return (loss, output) if return_outputs else loss
 
     def _count(self, inputs: Mapping[str, Any], loss: float) -> None:
         self._losses.append(loss)
