@@ -57,6 +57,8 @@ def build_second(
     keep = ("text_config", "vision_config", "image_token_id", "video_token_id",
             "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings",
             "initializer_range")  # fmt: skip
+    # transformers 5.17 keeps it with the text's sizes only.
+    base.setdefault("initializer_range", base["text_config"]["initializer_range"])
     config = VPTConfig(
         **{k: base[k] for k in keep}, perception=perception, encoders=encoders, positions="mrope"
     )
