@@ -89,7 +89,7 @@ def build_config(trained: Qwen2VLForConditionalGeneration, ids: dict[str, int]) 
         trigger="free",
         untrained=("clip", "dino", "sam"),
         domain=DOMAIN,
-        tools=_contracts(),
+        tools=contracts_of(TABLE),
     )
     keep = ("text_config", "vision_config", "image_token_id", "video_token_id",
             "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")  # fmt: skip
@@ -98,11 +98,12 @@ def build_config(trained: Qwen2VLForConditionalGeneration, ids: dict[str, int]) 
     )
 
 
-def _contracts() -> dict[str, str]:
+def contracts_of(table: PerceptionTable) -> dict[str, str]:
+    """The contracts' hashes of the tools that the kinds of ``table`` call, by full name."""
     from vpt_agent.tool import ToolRegistry
 
     registry = ToolRegistry.from_entry_points()
-    wanted = {k.tool for k in TABLE.kinds}
+    wanted = {k.tool for k in table.kinds}
     return {t.full_name: t.contract_hash for t in registry if t.name in wanted}
 
 
@@ -136,6 +137,22 @@ def convert(trained: Path, *, seed: int = 0) -> tuple[VPTForConditionalGeneratio
 def ship(trained: Path, out: Path, figures: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write the checkpoint to ``out`` and give its manifest. Too large is a CheckpointError."""
     model, tokenizer = convert(trained)
+    return write_checkpoint(model, tokenizer, out, table=TABLE, figures=figures)
+
+
+def write_checkpoint(
+    model: VPTForConditionalGeneration,
+    tokenizer: Any,
+    out: Path,
+    *,
+    table: PerceptionTable,
+    figures: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model as it is (bf16 or not) to ``out``, with the manifest, which is returned.
+
+    More than :data:`MOST_PARAMETERS`, or than :data:`MOST_BYTES` for all files together, is a
+    :class:`CheckpointError`; what lay in ``out`` then stays.
+    """
     count = sum(p.numel() for p in model.parameters())
     if count > MOST_PARAMETERS:
         raise CheckpointError(
@@ -148,26 +165,32 @@ def ship(trained: Path, out: Path, figures: dict[str, Any] | None = None) -> dic
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         weights = new / "model.safetensors"
-        size = weights.stat().st_size
-        if size > MOST_BYTES:
-            raise CheckpointError(
-                "the weights are too large to ship",
-                got=size,
-                expected=f"at most {MOST_BYTES} bytes",
-            )
+        weights.chmod(0o644)  # written for its owner only, it could not be read once installed
         manifest = {
             "parameters": count,
-            "bytes": size,
+            "bytes": weights.stat().st_size,
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            "table": TABLE.to_manifest(),
+            "table": table.to_manifest(),
             "figures": figures or {},
         }
-        text = json.dumps(manifest, indent=1) + "\n"
-        (new / "manifest.json").write_text(text, encoding="utf-8")
+        write_manifest(new, manifest)
+        size = sum(path.stat().st_size for path in new.iterdir())
+        if size > MOST_BYTES:
+            raise CheckpointError(
+                "the checkpoint is too large to ship",
+                got=size,
+                expected=f"at most {MOST_BYTES} bytes in all its files",
+            )
         if out.exists():
             shutil.rmtree(out)
         new.replace(out)
     return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest.json`` of a shipped checkpoint."""
+    text = json.dumps(manifest, indent=1) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def check_target(out: Path) -> None:

@@ -35,7 +35,7 @@ def test_an_older_checkpoint_stays_until_the_new_one_is_whole(
     assert json.loads((out / "manifest.json").read_text()) == json.loads(json.dumps(first))
     assert [p.name for p in out.parent.iterdir()] == ["nano"]
     monkeypatch.setattr(shipping, "MOST_BYTES", 10)
-    with pytest.raises(CheckpointError, match="the weights are too large to ship"):
+    with pytest.raises(CheckpointError, match="the checkpoint is too large to ship"):
         shipping.ship(tmp_path, out, {"exact": 0.9})
     monkeypatch.setattr(shipping, "MOST_PARAMETERS", 10)
     with pytest.raises(CheckpointError, match="the model is too large to ship"):
