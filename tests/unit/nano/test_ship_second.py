@@ -119,7 +119,7 @@ def figures(hash_: str | None) -> dict[str, Any]:
         for setting in settings
         for n in range(20)
     ]
-    model = {"name": "m", "untrained": [], "weights_sha256": hash_}
+    model: dict[str, Any] = {"name": "m", "untrained": [], "weights_sha256": hash_}
     told = {
         "models": {s.name: model for s in settings},
         **figures_of(rows, [], [s.to_dict() for s in settings]),
