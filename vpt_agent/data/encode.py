@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vpt_agent.data.rows import PUBLISHED_TAGS, Row, Rules
 from vpt_agent.errors import UserError
@@ -77,6 +77,21 @@ class GenerationPrompt:
 class _Turn:
     source: tuple[Span, ...]
     target: tuple[Span, ...]
+
+
+class _Waiting(NamedTuple):
+    """A call whose result has not come yet."""
+
+    kind: PerceptionKind
+    id: str
+
+
+def _asked_for(waiting: Sequence[_Waiting], tag: str, *, cut_out: bool) -> _Waiting | None:
+    """The call that a picture under ``tag`` answers: of a kind that shows its results there. A part
+    of a picture answers a call that says where (a grid's) before another, a whole one the other
+    way round."""
+    fits = [w for w in waiting if w.kind.tag == tag]
+    return min(fits, key=lambda w: (w.kind.payload == "grid") != cut_out, default=None)
 
 
 def infer_seqlen(source: int, target: int, budget: int) -> tuple[int, int]:
@@ -191,7 +206,7 @@ class RowEncoder:
 
     def _turns(self, row: Row, views: Mapping[str, Sequence[View]]) -> list[_Turn]:
         pictures = {tag: iter(views.get(tag, ())) for tag in self._kinds}
-        waiting: list[tuple[str, str]] = []  # calls without a result yet: (kind, call id)
+        waiting: list[_Waiting] = []
         turns = []
         calls = 0
         for index in range(0, len(row.messages), 2):
@@ -199,7 +214,12 @@ class RowEncoder:
             source = self._source(user.content, pictures, waiting, row, first=index == 0)
             target = self._target(assistant.content, calls, row)
             made = {s.call_id: s.kind for s in target if s.call_id is not None}
-            waiting += [(kind, call) for call, kind in made.items() if kind is not None]
+            # Results stand in the very next turn: what has none there (words) gets none later.
+            waiting = [
+                _Waiting(self.table[kind].kind, call)
+                for call, kind in made.items()
+                if kind is not None
+            ]
             calls += len(made)
             turns.append(_Turn(source, target))
         return turns
@@ -208,7 +228,7 @@ class RowEncoder:
         self,
         text: str,
         pictures: Mapping[str, Iterator[View]],
-        waiting: list[tuple[str, str]],
+        waiting: list[_Waiting],
         row: Row,
         *,
         first: bool,
@@ -233,7 +253,7 @@ class RowEncoder:
         self,
         tag: str,
         pictures: Mapping[str, Iterator[View]],
-        waiting: list[tuple[str, str]],
+        waiting: list[_Waiting],
         row: Row,
     ) -> Span:
         if tag not in self._kinds:
@@ -252,13 +272,12 @@ class RowEncoder:
         fixed = kind.visual_tokens if kind is not None else None
         policy = self.policy.at_input(kind.input_size if kind is not None else None)
         count = fixed or policy.plan(view.size, crop=view.parent is not None).visual_tokens
-        asked = kind.name if kind is not None else "region" if view.parent is not None else ""
-        call = next((w for w in waiting if w[0] == asked), None)
+        call = _asked_for(waiting, tag, cut_out=view.parent is not None)
         if call is not None:
             waiting.remove(call)
         pad = self.layout.image_pad if kind is None else self.table[kind.name].placeholder
         return Span("visual", (pad,) * count, view.id, kind.name if kind else None,
-                    call[1] if call else None)  # fmt: skip
+                    call.id if call else None)  # fmt: skip
 
     def _target(self, text: str, calls: int, row: Row) -> tuple[Span, ...]:
         """The assistant's turn as spans, its calls apart from its words."""

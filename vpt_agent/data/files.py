@@ -7,10 +7,12 @@ so that one bad line does not hide the rest.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,9 +25,15 @@ _BLANK = re.compile(r"\s*")
 
 
 class Items(Protocol):
-    """A source of raw rows that can begin again."""
+    """A source of raw rows that can begin again.
+
+    ``fingerprint`` changes when the rows do; None where that cannot be known without reading them.
+    """
 
     name: str
+
+    def fingerprint(self) -> str | None:
+        """What the rows are, in a few characters."""
 
     def __iter__(self) -> Iterator[Item]:
         """Every item with the words that name it."""
@@ -79,6 +87,18 @@ class JsonFile:
             data = file.read(length)
         where = self._where(number)
         return where, _parsed(data, where)
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the file as it was when first asked."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError("the file cannot be read", where=self.path, got=error) from error
 
     def _where(self, number: int) -> str:
         return f"{self.path.name}, {'line' if self.lines else 'row'} {number}"
@@ -201,6 +221,10 @@ class ListItems:
     def __init__(self, values: Sequence[object], name: str = "rows") -> None:
         self.values, self.name = values, name
 
+    def fingerprint(self) -> str | None:
+        """That of a table of `datasets`; nothing is known of a list."""
+        return _table_print(self.values)
+
     def __iter__(self) -> Iterator[Item]:
         for index in range(len(self.values)):
             yield self.item(index)
@@ -226,9 +250,38 @@ class StreamItems:
             )
         self.values, self.name = values, name
 
+    def fingerprint(self) -> str | None:
+        """None: what comes is known when it has come."""
+        return None
+
     def __iter__(self) -> Iterator[Item]:
-        for index, value in enumerate(self.values):
+        for index, value in enumerate(_each(self.values)):
             yield f"{self.name}, row {index}", value
+
+
+BLOCK = 64
+
+
+def _each(values: Iterable[object]) -> Iterator[object]:
+    """Every value. In a worker of torch a streamed table of `datasets` would give a part of its
+    rows, by itself; whoever reads here deals out rows himself, so it is read by blocks instead."""
+    if not _of_datasets(values):
+        yield from values
+        return
+    table: Any = values
+    for block in table.iter(batch_size=BLOCK):
+        columns = list(block)
+        for cells in zip(*block.values(), strict=True):
+            yield dict(zip(columns, cells, strict=True))
+
+
+def _of_datasets(values: object) -> bool:
+    return type(values).__module__.partition(".")[0] == "datasets"
+
+
+def _table_print(values: object) -> str | None:
+    found = getattr(values, "_fingerprint", None) if _of_datasets(values) else None
+    return None if found is None else str(found)
 
 
 def open_items(source: object, *, name: str | None = None) -> Items:

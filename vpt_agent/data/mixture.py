@@ -12,6 +12,7 @@ from vpt_agent.errors import UserError
 T = TypeVar("T")
 Stop = Literal["first", "all", "never"]
 _Take = Callable[[], T]
+_OF_ROWS = ("sizes", "contents")
 
 
 class Mixture(Iterable[T], Generic[T]):
@@ -21,7 +22,8 @@ class Mixture(Iterable[T], Generic[T]):
     draws three rows of the first to one of the second. A source is anything that can be iterated
     again from its start (a list, :class:`vpt_agent.data.Rows`, :class:`vpt_agent.data.RowStream`);
     one that can be indexed is read only where its rows are given out, so that skipping is cheap.
-    Weights need not sum to 1; a source of weight 0 is left out.
+    One that has a ``fingerprint()`` is known again by it after a resume. Weights need not sum to 1;
+    a source of weight 0 is left out.
 
     ``buffer`` is the size of the shuffle buffer of a source that is streamed (1: no shuffling at
     all). A source that can be indexed is shuffled as a whole, anew in each pass over it; in every
@@ -81,24 +83,48 @@ class Mixture(Iterable[T], Generic[T]):
                 "position": self._position if position is None else position}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; a state of another mixture is refused."""
+        """Go on where :meth:`state_dict` was taken; a state of another mixture, or of other rows
+        in its sources (as far as their sizes and fingerprints tell), is refused."""
         for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise UserError(
-                    "this state was taken from another mixture",
-                    where=name,
-                    got=state.get(name),
-                    expected=value,
-                    fix="build the mixture with the arguments it had, or start anew",
-                )
+            if state.get(name) == value:
+                continue
+            if name in _OF_ROWS and isinstance(state.get(name), list):
+                raise self._changed(name, state[name], value)
+            raise UserError(
+                "this state was taken from another mixture",
+                where=name,
+                got=state.get(name),
+                expected=value,
+                fix="build the mixture with the arguments it had, or start anew",
+            )
         self.epoch = int(state["epoch"])
-        self._resume = self._position = int(state["position"])
+        self.seek(int(state["position"]))
+
+    def seek(self, position: int) -> None:
+        """The next iteration begins behind ``position`` rows of the whole stream."""
+        self._resume = self._position = position
 
     def _identity(self) -> dict[str, Any]:
-        sizes = [len(s) if isinstance(s, Sequence) else None for s, _ in self.sources]
-        weights = [float(weight) for _, weight in self.sources]
-        return {"seed": self.seed, "buffer": self.buffer, "stop": self.stop,
-                "weights": weights, "sizes": sizes}  # fmt: skip
+        return {
+            "seed": self.seed,
+            "buffer": self.buffer,
+            "stop": self.stop,
+            "weights": [float(weight) for _, weight in self.sources],
+            "sizes": [len(s) if isinstance(s, Sequence) else None for s, _ in self.sources],
+            "contents": [_fingerprint(source) for source, _ in self.sources],
+        }
+
+    def _changed(self, name: str, had: Sequence[Any], have: Sequence[Any]) -> UserError:
+        # As many as there are weights, which were compared before.
+        at = next(i for i, (a, b) in enumerate(zip(had, have, strict=True)) if a != b)
+        said = "{} rows" if name == "sizes" else "rows with the fingerprint {}"
+        return UserError(
+            "the rows have changed since this state was taken",
+            where=getattr(self.sources[at][0], "name", f"source {at}"),
+            got=said.format(have[at]),
+            expected=said.format(had[at]),
+            fix="put the rows back as they were, or start anew",
+        )
 
     def shard(self, index: int, count: int) -> Mixture[T]:
         """The same stream, of which only rows ``index``, ``index + count``, ... are given out.
@@ -172,6 +198,12 @@ class Mixture(Iterable[T], Generic[T]):
                 yield held.pop()
         chance.shuffle(held)
         yield from held
+
+
+def _fingerprint(source: object) -> str | None:
+    ask = getattr(source, "fingerprint", None)
+    found = ask() if callable(ask) else None
+    return None if found is None else str(found)
 
 
 def _check_weights(weights: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 from vpt_agent.data.check import Depth, problems
 from vpt_agent.data.files import IndexedItems, Item, Items, JsonFile, open_items
@@ -126,6 +126,10 @@ class RowStream(Iterable[Row]):
         self.name = items.name
         self.report = CheckReport(items.name)
 
+    def fingerprint(self) -> str | None:
+        """Of the raw rows: it changes when they do (None: that is not known)."""
+        return self.items.fingerprint()
+
     def __iter__(self) -> Iterator[Row]:
         self.report = CheckReport(self.name)
         for item in self.items:
@@ -228,67 +232,61 @@ def _paths(value: object) -> Iterator[str]:
                 yield from (path for path in column if isinstance(path, str))
 
 
+class ReadingOptions(TypedDict, total=False):
+    """The fields of :class:`Reading`, as :func:`load_rows` and :func:`stream_rows` take them: a
+    folder may be text, and None leaves the default (for files: the folder that they lie in)."""
+
+    folder: str | Path | None
+    remap: Mapping[str, str] | None
+    columns: Mapping[str, str] | None
+    table: PerceptionTable | None
+    encoder: str | None
+    own_tags: Sequence[str]
+    ignore: Collection[str]
+    rules: Rules
+    pictures: Depth
+
+
 def load_rows(
     source: object,
     *,
-    folder: str | Path | None = None,
-    remap: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
-    table: PerceptionTable | None = None,
-    encoder: str | None = None,
-    own_tags: Sequence[str] = (),
-    ignore: Collection[str] = (),
-    rules: Rules = "strict",
-    pictures: Depth = "none",
+    name: str | None = None,
     on_error: OnError = "raise",
+    **options: Unpack[ReadingOptions],
 ) -> Rows:
     """Rows of a ``.json`` or ``.jsonl`` file, of a list, or of a local table of `datasets`.
 
-    Relative paths begin in ``folder`` (default for files: the file's own); see :class:`Reading`
-    for the other options. With ``pictures`` other than ``none`` a row whose pictures or calls have
-    a fault is an error too. ``on_error="skip"`` leaves rows with a fault out, and counts them.
+    ``name`` is what rows without a file are called in errors. With ``pictures`` other than ``none``
+    a row whose pictures or calls have a fault is an error too. ``on_error="skip"`` leaves rows with
+    a fault out, and counts them. See :class:`Reading` for the other options.
     """
-    items = open_items(source)
+    items = open_items(source, name=name)
     if not isinstance(items, IndexedItems):
         raise UserError(
             "these rows have no numbers: they can only be streamed",
             got=type(source).__name__,
             fix="use stream_rows",
         )
-    reading = Reading(
-        folder=_folder(folder, items), remap=dict(remap or {}), columns=dict(columns or {}),
-        table=table, encoder=encoder, own_tags=own_tags, ignore=ignore, rules=rules,
-        pictures=pictures,
-    )  # fmt: skip
-    return Rows(items, reading, on_error)
+    return Rows(items, _reading(items, options), on_error)
 
 
 def stream_rows(
     source: object,
     *,
-    folder: str | Path | None = None,
-    remap: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
-    table: PerceptionTable | None = None,
-    encoder: str | None = None,
-    own_tags: Sequence[str] = (),
-    ignore: Collection[str] = (),
-    rules: Rules = "strict",
-    pictures: Depth = "none",
+    name: str | None = None,
     on_error: OnError = "raise",
+    **options: Unpack[ReadingOptions],
 ) -> RowStream:
     """As :func:`load_rows`, for any iterable too: a streamed table of `datasets`
     (:func:`open_dataset`), or whatever can be iterated again and gives the JSON objects."""
-    items = open_items(source)
-    reading = Reading(
-        folder=_folder(folder, items), remap=dict(remap or {}), columns=dict(columns or {}),
-        table=table, encoder=encoder, own_tags=own_tags, ignore=ignore, rules=rules,
-        pictures=pictures,
-    )  # fmt: skip
-    return RowStream(items, reading, on_error)
+    items = open_items(source, name=name)
+    return RowStream(items, _reading(items, options), on_error)
 
 
-def _folder(folder: str | Path | None, items: Items) -> Path | None:
-    if folder is None:
-        return items.path.parent if isinstance(items, JsonFile) else None
-    return Path(folder)
+def _reading(items: Items, options: ReadingOptions) -> Reading:
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if "folder" in given:
+        given["folder"] = Path(given["folder"])
+    elif isinstance(items, JsonFile):
+        given["folder"] = items.path.parent
+    return Reading(**given)  # a misspelt option is a TypeError there

@@ -90,6 +90,44 @@ def test_a_crop_belongs_to_its_region_call() -> None:
     assert got.record.views == ("image_1", "crop_1")
 
 
+def test_a_picture_belongs_to_the_call_of_a_kind_that_shows_it() -> None:
+    """By the kinds' properties: a grid kind of one's own is no ``region``, a turned picture no
+    crop, and what a call answered in words leaves no claim on later pictures."""
+    from vpt_agent.model import add_perception_kind
+    from vpt_agent.model.testing import tiny_model
+    from vpt_agent.tool import perception_tool
+
+    @perception_tool
+    def zoom(region: list[int]) -> str:
+        """Look closer."""
+        return ""
+
+    @perception_tool
+    def turn() -> str:
+        """Turn the picture."""
+        return ""
+
+    model, processor = tiny_model(())
+    own = [own_kind("zoom", payload="grid"), own_kind("turn", payload="none")]
+    for kind, tool in zip(own, (zoom, turn), strict=True):
+        add_perception_kind(model, processor, kind, tool=tool)
+    rows = RowEncoder(VPTLayout(processor.tokenizer, processor.table), PUBLISHED_POLICY)
+    where, how = own[0].call_text(region=(0, 0, 3, 3)), own[1].call_text()
+
+    def ties(*texts: str, pictures: Sequence[View]) -> list[tuple[str | None, str | None]]:
+        got = rows.encode(row_of(*texts), {"<image>": tuple(pictures)})
+        assert isinstance(got, Encoded)
+        return [(s.view, s.call_id) for s in got.record.spans if s.source == "visual"]
+
+    given = ("image_1", None)
+    assert ties("<image>q", where, "<image>", "ok", pictures=(WHOLE, PART)) == [
+        given, ("crop_1", "call_1")]  # fmt: skip
+    assert ties("<image>q", how + where, "<image><image>", "ok", pictures=(WHOLE, PART, WHOLE)) == [
+        given, ("crop_1", "call_2"), ("image_1", "call_1")]  # fmt: skip
+    assert ties("<image>q", how, "done", "so?", "<image>", "ok", pictures=(WHOLE, WHOLE)) == [
+        given, given]  # fmt: skip
+
+
 def test_text_becomes_no_token_of_ours_under_strict_rules() -> None:
     added = set(layout().tokenizer.get_added_vocab().values())
     got = encode(f"say {CALL}<|im_end|>", "no <|im_end|> <|vision_start|>")

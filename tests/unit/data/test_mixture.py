@@ -6,11 +6,12 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vpt_agent.data import Mixture
+from vpt_agent.data import Mixture, Row, load_rows
 from vpt_agent.errors import UserError
 
 A = [f"a{i}" for i in range(60)]
@@ -139,5 +140,29 @@ def test_the_state_of_another_mixture_is_refused() -> None:
     state = Mixture([(A, 1)], seed=1).state_dict()
     with pytest.raises(UserError, match=r"another mixture; where: seed; got: 1; expected: 2"):
         Mixture([(A, 1)], seed=2).load_state_dict(state)
-    with pytest.raises(UserError, match=r"another mixture; where: sizes; got: \[60\]"):
+    del state["sizes"]
+    with pytest.raises(UserError, match=r"another mixture; where: sizes; expected: .60"):
+        Mixture([(A, 1)], seed=1).load_state_dict(state)
+
+
+def test_the_state_of_other_rows_is_refused(tmp_path: Path) -> None:
+    state = Mixture([(A, 1)], seed=1).state_dict()
+    with pytest.raises(UserError, match=r"rows have changed.*source 0; got: 20 rows; .*60 rows"):
         Mixture([(B, 1)], seed=1).load_state_dict(state)
+
+    def file(answer: str) -> Mixture[Row]:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns}]))
+        return Mixture([(A, 1), (load_rows(tmp_path / "rows.json"), 1)], seed=1)  # type: ignore[list-item]
+
+    state = json.loads(json.dumps(file("a").state_dict()))
+    file("a").load_state_dict(state)
+    with pytest.raises(UserError, match=r"rows have changed.*where: rows.json; got: .*fingerprint"):
+        file("b").load_state_dict(state)
+
+
+def test_a_stream_is_sought_by_position() -> None:
+    mixture = Mixture([(A, 1), (B, 2)], seed=1)
+    whole = list(mixture)
+    mixture.seek(7)
+    assert list(mixture) == whole[7:]

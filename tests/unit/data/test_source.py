@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from torch.utils.data import IterableDataset
 
-from vpt_agent.data import ImageRef, RowError, load_rows, open_dataset, retarget, stream_rows
+from vpt_agent.data import (
+    ImageRef,
+    RowError,
+    RowStream,
+    load_rows,
+    open_dataset,
+    retarget,
+    stream_rows,
+)
 from vpt_agent.data import files as files_module
 from vpt_agent.errors import MissingExtraError, UserError
 from vpt_agent.tokens import PerceptionTable
@@ -244,3 +253,48 @@ def test_datasets_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"got: datasets; do: pip install 'vpt-agent\[data"):
         open_dataset("json")
+
+
+def test_a_misspelt_option_is_told() -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'foldr'"):
+        load_rows([PLAIN], foldr="x")  # type: ignore[call-arg]
+
+
+def test_rows_of_a_streamed_table_are_all_read_in_a_worker(tmp_path: Path) -> None:
+    """By itself a streamed table would give each worker of torch a part of its rows only."""
+    pytest.importorskip("datasets")
+    from torch.utils.data import DataLoader
+
+    path = write(tmp_path / "rows.jsonl", PLAIN, ACTION, CROP)
+    table = open_dataset("json", files=str(path))
+    rows = stream_rows(table, folder=tmp_path, name="mine")
+    loader = DataLoader(_Torch(rows), batch_size=None, num_workers=2)
+    assert sorted(loader) == sorted(2 * [f"mine, row {i}" for i in range(3)])
+    assert [r.messages for r in rows] == [r.messages for r in load_rows(path)]
+
+
+class _Torch(IterableDataset[str]):
+    def __init__(self, rows: RowStream) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return (row.where for row in self.rows)
+
+
+def test_fingerprints_tell_that_rows_changed(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", PLAIN)
+    before = load_rows(path).fingerprint()
+    assert load_rows(path).fingerprint() == before
+    assert load_rows(write(path, ACTION)).fingerprint() != before
+    assert load_rows([PLAIN]).fingerprint() is None
+    gone = load_rows(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"the file cannot be read; where: .*rows.jsonl"):
+        gone.fingerprint()
+    pytest.importorskip("datasets")
+    write(path, PLAIN)
+    local = {"split": "train", "files": str(path)}
+    table = open_dataset("json", streaming=False, **local)  # type: ignore[arg-type]
+    again = open_dataset("json", streaming=False, **local)  # type: ignore[arg-type]
+    assert load_rows(table).fingerprint() == load_rows(again).fingerprint() is not None
+    assert stream_rows(open_dataset("json", **local)).fingerprint() is None  # type: ignore[arg-type]
