@@ -5,25 +5,18 @@ Plain values only; nothing is opened or loaded here. ``docs/train-your-own.md`` 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from vpt_agent.errors import MissingExtraError, UserError
+from vpt_agent.training.configfile import Part, RunConfig, make_as, read_as
 
 Stage = Literal["alignment", "instruction", "lora"]
 
 
-class _Part(BaseModel):
-    """A part of the config: no unknown keys, no changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelPart(_Part):
+class ModelPart(Part):
     """Which model learns, and which of the published habits it keeps.
 
     ``path``: a directory, a hub name, or ``shipped`` (the small model in the package). A plain
@@ -40,7 +33,7 @@ class ModelPart(_Part):
     encoders: tuple[Literal["clip", "dino", "sam"], ...] | None = None
     controls: int | None = Field(None, ge=1)
     grid: Literal[4, 8, 16, 32] | None = None
-    encoder_weights: dict[str, str] = {}
+    encoder_weights: dict[str, str] = Field(default_factory=dict)
     sizes: str | None = None
     positions: Literal["mrope", "published"] = "mrope"
     gradients: Literal["full", "published"] = "full"
@@ -52,7 +45,7 @@ class ModelPart(_Part):
     domain: str | None = None
 
 
-class Scenes(_Part):
+class Scenes(Part):
     """Rows drawn by ``vpt-agent nano scenes`` when the run begins: only the command does that."""
 
     count: int = Field(ge=1)
@@ -60,7 +53,7 @@ class Scenes(_Part):
     split: Literal["train", "unseen"] = "train"
 
 
-class Source(_Part):
+class Source(Part):
     """One file of published-JSON rows (a JSON array, or JSON lines), or ``scenes``.
 
     ``weight`` is its share in the mixture. ``images`` is the folder of relative picture paths.
@@ -71,7 +64,7 @@ class Source(_Part):
     scenes: Scenes | None = None
     weight: float = 1.0
     images: Path | None = None
-    remap: dict[str, str] = {}
+    remap: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -80,7 +73,7 @@ class Source(_Part):
         return self
 
 
-class DataPart(_Part):
+class DataPart(Part):
     """Where rows come from, and how they become batches.
 
     ``hold_out``: the first rows of each source are for evaluation (``max_evaluation`` in all),
@@ -107,7 +100,7 @@ class DataPart(_Part):
     prefetch: int = Field(2, ge=1)
 
 
-class MaskPart(_Part):
+class MaskPart(Part):
     """Mask modelling: what of the prompt the scored pass does not see (paper section 3.4).
 
     ``paragraphs`` 0: off, 1: the first question, 2: the question and the re-encoded picture.
@@ -130,7 +123,7 @@ class MaskPart(_Part):
         return self
 
 
-class LoraPart(_Part):
+class LoraPart(Part):
     """LoRA on the language model's linear layers; ``also`` names parts that learn in full."""
 
     rank: int = Field(512, ge=1)
@@ -140,7 +133,7 @@ class LoraPart(_Part):
     also: tuple[str, ...] = ()
 
 
-class OptimPart(_Part):
+class OptimPart(Part):
     """AdamW and its schedule. ``warmup`` is a share of the steps."""
 
     learning_rate: float = Field(2e-5, gt=0)
@@ -153,7 +146,7 @@ class OptimPart(_Part):
     accumulate: int = Field(1, ge=1)
 
 
-class TrainConfig(_Part):
+class TrainConfig(RunConfig):
     """A training run.
 
     ``stage``: ``alignment`` (projectors only, no control states), ``instruction`` (everything but
@@ -164,7 +157,6 @@ class TrainConfig(_Part):
     (``fsdp``, ``deepspeed``, ...).
     """
 
-    out: Path
     stage: Stage
     model: ModelPart
     data: DataPart
@@ -184,7 +176,7 @@ class TrainConfig(_Part):
     keep: int | None = Field(2, ge=1)
     answers: int = Field(0, ge=0)
     device: Literal["auto", "cpu"] = "auto"
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees(self) -> TrainConfig:
@@ -198,94 +190,12 @@ class TrainConfig(_Part):
             raise ValueError("the stage lora and the part lora go together")
         return self
 
-    def to_yaml(self) -> str:
-        """The whole config, defaults included, as YAML."""
-        text: str = _yaml().safe_dump(self.model_dump(mode="json"), sort_keys=False)
-        return text
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:  # transformers brings it, as of today
-        raise MissingExtraError(
-            "reading YAML needs PyYAML", fix='pip install "vpt-agent[train]"'
-        ) from error
-    return yaml
-
 
 def read_config(path: Path | str, changes: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file. ``changes`` are ``key=value``, values in YAML: ``data.rows=2``."""
-    yaml = _yaml()
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError("the config cannot be read", where=path, got=error.strerror) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError("the config is no YAML", where=path, got=error) from error
-    if not isinstance(data, dict):
-        raise UserError("a config is a table of keys and values", where=path, got=repr(data)[:80])
-    for change in changes:
-        _change(data, change)
-    return make_config(data, where=str(path))
-
-
-def _change(data: dict[str, Any], change: str) -> None:
-    key, mark, value = change.partition("=")
-    names = key.split(".")
-    if not mark or not all(names):
-        raise UserError("a change of the config is KEY=VALUE", got=change, expected="data.rows=2")
-    yaml = _yaml()
-    try:
-        wanted = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError("the value of a change is no YAML", got=change) from error
-    at: Any = data
-    for number, name in enumerate(names):
-        place: int | str = name
-        if isinstance(at, list):
-            if not (name.isdigit() and int(name) < len(at)):
-                raise UserError("a list has no such place", where=key, expected=f"below {len(at)}")
-            place = int(name)
-        elif not isinstance(at, dict):
-            raise UserError("a change reaches into a value", where=key, got=repr(at))
-        if number + 1 == len(names):
-            at[place] = wanted
-        else:
-            at = at.setdefault(name, {}) if isinstance(at, dict) else at[int(place)]
+    return read_as(TrainConfig, path, changes)
 
 
 def make_config(data: Mapping[str, Any], *, where: str = "config") -> TrainConfig:
     """A config of plain values; all that is wrong is said in one :class:`UserError`."""
-    try:
-        return TrainConfig.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(_problems(error))
-        raise UserError("the config is wrong", where=where, got=problems) from error
-
-
-def _problems(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        at = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(problem["loc"]), 1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            yield f"there is no key {at}{hint}"
-        else:
-            yield f"{at or 'config'}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-def _keys_at(place: Sequence[int | str]) -> list[str]:
-    """The keys of the part in which ``place`` lies."""
-    part: type[BaseModel] = TrainConfig
-    for name in place[:-1]:
-        if isinstance(name, str) and name in part.model_fields:
-            found = _models_in(part.model_fields[name].annotation)
-            part = found[0] if found else part
-    return list(part.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for inner in getattr(annotation, "__args__", ()) for m in _models_in(inner)]
+    return make_as(TrainConfig, data, where=where)

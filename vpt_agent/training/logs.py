@@ -13,6 +13,13 @@ METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 class MetricsFile:
     """``metrics.jsonl`` of a run: one object a line, each with its ``step``."""
 
@@ -22,7 +29,7 @@ class MetricsFile:
     def resume(self, step: int) -> None:
         """Forget what was written behind ``step``: it will be written again."""
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a line."""

@@ -5,21 +5,20 @@ Plain values only; nothing is opened or loaded here. ``docs/reinforce.md`` walks
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from vpt_agent.errors import UserError
-from vpt_agent.training.config import Source, _change, _Part, _yaml
+from vpt_agent.training.config import Source
+from vpt_agent.training.configfile import Part, RunConfig, make_as, read_as
 
 Group = Literal["none", "std"]
 Mean = Literal["token", "sequence"]
 
 
-class RewardPart(_Part):
+class RewardPart(Part):
     """A reward and its weight. ``use`` is a name that the library knows (``exact_match``,
     ``visual_tokens``, ``looks``, ``new_tokens``, ``limit``) or ``package.module:function``."""
 
@@ -27,7 +26,7 @@ class RewardPart(_Part):
     weight: float = 1.0
 
 
-class UpdatePart(_Part):
+class UpdatePart(Part):
     """How rollouts become a step: AdamW on the clipped objective.
 
     ``advantage``: reward less the group's mean, and divided by the group's standard deviation
@@ -52,7 +51,7 @@ class UpdatePart(_Part):
     rows: int = Field(8, ge=1)
 
 
-class ReinforceConfig(_Part):
+class ReinforceConfig(RunConfig):
     """A policy-gradient stage.
 
     ``model``: a directory, a hub name, or ``shipped``. ``sources`` are files of rows whose
@@ -63,7 +62,6 @@ class ReinforceConfig(_Part):
     towers. ``batch`` rollouts run together.
     """
 
-    out: Path
     model: str = "shipped"
     sources: tuple[Source, ...] = ()
     steps: int = Field(ge=1)
@@ -95,52 +93,12 @@ class ReinforceConfig(_Part):
             raise ValueError("without a reward there is nothing to learn")
         return self
 
-    def to_yaml(self) -> str:
-        """The whole config, defaults included, as YAML."""
-        text: str = _yaml().safe_dump(self.model_dump(mode="json"), sort_keys=False)
-        return text
-
 
 def read_reinforce_config(path: Path | str, changes: Sequence[str] = ()) -> ReinforceConfig:
     """Read a YAML file. ``changes`` are ``key=value``, values in YAML: ``update.clip=0.1``."""
-    yaml = _yaml()
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError("the config cannot be read", where=path, got=error.strerror) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError("the config is no YAML", where=path, got=error) from error
-    if not isinstance(data, dict):
-        raise UserError("a config is a table of keys and values", where=path, got=repr(data)[:80])
-    for change in changes:
-        _change(data, change)
-    return make_reinforce_config(data, where=str(path))
+    return read_as(ReinforceConfig, path, changes)
 
 
 def make_reinforce_config(data: Mapping[str, Any], *, where: str = "config") -> ReinforceConfig:
     """A config of plain values; all that is wrong is said in one :class:`UserError`."""
-    try:
-        return ReinforceConfig.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(_problems(error))
-        raise UserError("the config is wrong", where=where, got=problems) from error
-
-
-_PARTS: Mapping[str, type[BaseModel]] = {
-    "sources": Source,
-    "rewards": RewardPart,
-    "update": UpdatePart,
-}
-
-
-def _problems(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        place = problem["loc"]
-        at = ".".join(str(part) for part in place)
-        if problem["type"] == "extra_forbidden":
-            whole = len(place) == 1
-            part = ReinforceConfig if whole else _PARTS.get(str(place[0]), ReinforceConfig)
-            near = difflib.get_close_matches(str(place[-1]), list(part.model_fields), 1)
-            yield f"there is no key {at}" + (f", did you mean {near[0]}?" if near else "")
-        else:
-            yield f"{at or 'config'}: {problem['msg'].removeprefix('Value error, ')}"
+    return make_as(ReinforceConfig, data, where=where)
