@@ -35,6 +35,9 @@ Score = Callable[[str, Item], float]
 Items = Iterable[Item] | Mapping[str, Callable[[], Item]]
 """Items, or how to make each by its id: those already answered are then never made."""
 
+Wanted = Callable[[str, Setting], bool]
+"""Whether an item, by its id, is to be asked under a setting."""
+
 
 class Asks(Protocol):
     """An agent. With ``run_batch`` (see :class:`PerceptionAgent`) items are asked together;
@@ -61,6 +64,8 @@ def evaluate(
     score: Score = exact_match,
     limits: Limits | None = None,
     progress: Callable[[str], None] | None = None,
+    wanted: Wanted | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> ResultStore:
     """Ask all ``items`` under all ``settings``; one JSON line each in the folder ``out``.
 
@@ -68,6 +73,8 @@ def evaluate(
     ``chunk`` at a time, whose pictures are made once; a swap takes its donor from the same chunk.
     ``batch`` run together. What ``out`` holds already is not asked again; a folder of another
     evaluation (other weights, settings, seed, chunk) is a :class:`UserError`. Greedy decoding.
+    ``wanted`` leaves pairs of item and setting out, unrecorded: a later call may want them.
+    ``stop`` is asked before every batch; once true, the rest is left for the next call.
     """
     named = _named(items)
     agents = _agents(agent, settings)
@@ -75,18 +82,32 @@ def evaluate(
     store = ResultStore(out, _manifest(agents, settings, seed=seed, chunk=chunk, count=len(named)))
     ids = list(named)
     known = {(s.item, s.setting, s.kind): s for s in read_states(store.folder)}
-    chunks = [range(start, min(start + chunk, len(ids))) for start in range(0, len(ids), chunk)]
-    total = sum(len(c) for c in chunks for s in settings if s.most is None or c.start < s.most)
-    told = _Told(progress, total, len(store.done))
-    for start in range(0, len(ids), chunk):
-        part = ids[start : start + chunk]
-        asked = [s for s in settings if s.most is None or start < s.most]
-        if all((i, s.name) in store.done for i in part for s in asked):
+    chunks = [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
+    plan = [_asked(part, n * chunk, settings, wanted) for n, part in enumerate(chunks)]
+    pairs = [(i, setting.name) for asked in plan for setting, found in asked for i in found]
+    total, open_ = len(pairs), sum(pair not in store.done for pair in pairs)
+    told = _Told(progress, total, total - open_)
+    for part, asked in zip(chunks, plan, strict=True):
+        if all((i, s.name) in store.done for s, found in asked for i in found):
             continue
+        if stop():
+            break
         job = _Chunk([named[i]() for i in part], known, seed, score, limits, store, told)
-        for setting in asked:
-            job.ask(agents[setting.name], setting, batch)
+        for setting, found in asked:
+            if not stop():
+                job.ask(agents[setting.name], setting, found, batch=batch, stop=stop)
     return store
+
+
+def _asked(
+    ids: Sequence[str], start: int, settings: Sequence[Setting], wanted: Wanted | None
+) -> list[tuple[Setting, frozenset[str]]]:
+    """The items of a chunk, of which ``start`` come before it, that each setting asks."""
+    return [
+        (s, frozenset(i for i in ids if wanted is None or wanted(i, s)))
+        for s in settings
+        if s.most is None or start < s.most
+    ]
 
 
 def _named(items: Items) -> dict[str, Callable[[], Item]]:
@@ -191,15 +212,26 @@ class _Chunk:
         self.pictures = {item.id: item.picture() for item in items}
         self.changes: dict[str, Counterfactual] = {}  # of the batch under way
 
-    def ask(self, agent: Asks, setting: Setting, batch: int) -> None:
-        """Every item that was not asked under ``setting`` yet."""
-        open_ = [i for i in self.items if (i.id, setting.name) not in self.store.done]
+    def ask(
+        self,
+        agent: Asks,
+        setting: Setting,
+        ids: frozenset[str],
+        *,
+        batch: int,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Every item of ``ids`` that was not asked under ``setting`` yet, until ``stop``."""
+        done = self.store.done
+        open_ = [i for i in self.items if i.id in ids and (i.id, setting.name) not in done]
         skipped = [(i, why) for i in open_ if (why := self._cannot(i, setting))]
         self.store.add(self._skipped(item, setting, why) for item, why in skipped)
         self.told.add(len(skipped), setting.name)
         without = {item.id for item, _ in skipped}
         open_ = [i for i in open_ if i.id not in without]
         for start in range(0, len(open_), batch):
+            if stop():
+                return
             part = open_[start : start + batch]
             began = time.perf_counter()
             answers = self._answers(agent, setting, part)

@@ -16,7 +16,9 @@ Figures = Mapping[str, Any]
 DPI = 130
 PLAIN, CHANGED, NEUTRAL = "#2a6f97", "#d1495b", "#7a7a7a"
 TYPE_COLOURS = ("#2a6f97", "#e28413", "#3c8d5a", "#d1495b", "#7b5ea7", "#8c6d46", "#4fb0c6",
-                "#b5a33c")  # fmt: skip
+                "#b5a33c", "#111111", "#e58fc0", "#9aa5ad", "#8fd14f")  # fmt: skip
+MARKERS = "o^sx"
+"""Taken in turn where there are more types than colours."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -139,19 +141,30 @@ def plot_states(figures: Figures) -> Figure | None:
     found = {k: s for k, s in figures["states"].items() if "points" in s}
     if not found:
         return None
-    figure = new_figure(4.2 * len(found), 3.9)
+    names = sorted({name for states in found.values() for name in states["by_type"]})
+    figure = new_figure(4.2 * len(found) + 1.2, 3.9)
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for ax, (kind, states) in zip(axes, found.items(), strict=True):
-        for number, name in enumerate(states["by_type"]):
+        for number, name in enumerate(names):
             own = [p for p, t in zip(states["points"], states["types"], strict=True) if t == name]
+            if not own:
+                continue
             colour = TYPE_COLOURS[number % len(TYPE_COLOURS)]
-            ax.scatter(*zip(*own, strict=True), s=7, alpha=0.6, color=colour, label=name)
+            marker = MARKERS[number // len(TYPE_COLOURS) % len(MARKERS)]
+            ax.scatter(
+                *zip(*own, strict=True), s=9, alpha=0.7, color=colour, marker=marker, label=name
+            )
         first, second = (*states["variance"], 0.0, 0.0)[:2]
         ax.set_xlabel(f"first component ({first:.0%} of the variance)", fontsize=8)
         ax.set_ylabel(f"second ({second:.0%})", fontsize=8)
         ax.set_title(f"{kind}: nearest of its type {states['neighbour']:.2f}, "
                      f"by chance {states['neighbour_chance']:.2f}", fontsize=9)  # fmt: skip
-        ax.legend(fontsize=7)
+    shown = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper", fontsize=7)
     return figure
 
 

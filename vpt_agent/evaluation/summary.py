@@ -252,7 +252,8 @@ def choice_figures(rows: Sequence[Outcome]) -> Figures:
     ``needed_called``: of items that need something, the share in which every need was met by a
     call; ``needless_avoided``: of items that need nothing, the share without a call; ``by_kind``:
     precision (calls of items that may want the kind, among its calls) and recall (items that need
-    the kind and no other in its place, in which it was called).
+    the kind and no other in its place, in which it was called); ``by_type``: of the items of a type
+    of question, the shares in which each kind was called, and ``none``.
     """
     judged = [r for r in rows if r.counts and r.needs is not None]
     if not judged:
@@ -291,7 +292,18 @@ def choice_figures(rows: Sequence[Outcome]) -> Figures:
         "needed_called": share(met).to_dict(),
         "needless_avoided": share(avoided).to_dict(),
         "by_kind": by_kind,
+        "by_type": {
+            name: _calls_made([r for r in judged if r.type == name], names)
+            for name in sorted({r.type for r in judged})
+        },
     }
+
+
+def _calls_made(rows: Sequence[Outcome], kinds: Sequence[str]) -> Figures:
+    """In which share of ``rows`` each kind was called, or none."""
+    called = [{c.kind or c.name for c in r.calls} for r in rows]
+    found = {kind: share([kind in own for own in called]).to_dict() for kind in kinds}
+    return {"none": share([not own for own in called]).to_dict(), **found}
 
 
 def _state_figures(states: Sequence[State], seed: int) -> Figures:

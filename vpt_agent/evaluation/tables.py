@@ -48,6 +48,7 @@ def tables_of(figures: Figures, *, untrained: Iterable[str] = ()) -> list[Table]
         found.append(_regions(figures))
     if figures["choices"]:
         found.append(_choices(figures))
+        found.append(_calls(figures))
     if figures["states"]:
         found.append(_states(figures))
     return found
@@ -69,6 +70,11 @@ def _exact(figures: Figures, untrained: Sequence[str]) -> Table:
     failed = sum(r["failed"] for r in figures["results"].values())
     skipped = {n: r["skipped"] for n, r in figures["results"].items() if r["skipped"]}
     note = "Exact match with 95 % intervals (Wilson)."
+    if len({r["n"] for r in figures["results"].values()}) > 1:
+        note += (
+            " Not every setting was asked every question: compare types of questions, or see the "
+            "differences, which are of the same items."
+        )
     if failed:
         note += f" {failed} answers failed; they count as wrong."
     for name, count in skipped.items():
@@ -164,6 +170,22 @@ def _choices(figures: Figures) -> Table:
         tuple(rows),
         "Items that need a call: the share in which every need was met by one. Items that need "
         "none: the share without a call.",
+    )
+
+
+def _calls(figures: Figures) -> Table:
+    told = {name: found.get("by_type", {}) for name, found in figures["choices"].items()}
+    kinds = list(dict.fromkeys(k for types in told.values() for r in types.values() for k in r))
+    rows = [
+        (setting, kind or "-", *(interval_text(found.get(k)) for k in kinds))
+        for setting, types in told.items()
+        for kind, found in types.items()
+    ]
+    return Table(
+        "Calls made in free choice",
+        ("setting", "type of question", *("no call" if k == "none" else k for k in kinds)),
+        tuple(rows),
+        "The share of a type's items in which each kind was called; an item may call several.",
     )
 
 

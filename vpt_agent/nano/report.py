@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vpt_agent.errors import UserError
 from vpt_agent.evaluation import Item, Table, summarise, tables_of
@@ -25,6 +25,7 @@ from vpt_agent.types import Box
 
 if TYPE_CHECKING:
     from vpt_agent.nano.alphabet import Split
+    from vpt_agent.nano.domain import DomainScene
     from vpt_agent.nano.scene import Scene, SceneQuestion
 
 PAGE = "report.html"
@@ -78,31 +79,56 @@ def item_of(id: str, scene: Scene, asked: SceneQuestion) -> Item:
 
 
 def domain_items(
-    count: int, *, split: Split = "train", first: int = FIRST_SEED
+    count: int, *, split: Split = "train", first: int = FIRST_SEED, per_scene: int = 1
 ) -> dict[str, Callable[[], Item]]:
-    """Questions of the second version's domain (:mod:`vpt_agent.nano.domain`), by id: its groups in
-    turn, and in each group its types in turn; every one about a scene of its own."""
-    from vpt_agent.nano.domain import GROUPS, types_of
-
+    """Questions of the second version's domain (:mod:`vpt_agent.nano.domain`) about ``count``
+    scenes, ``per_scene`` on each, by id: :data:`TURNS` in turn, and in each group its types in
+    turn. Which question comes when depends on the scene's seed alone."""
     found: dict[str, Callable[[], Item]] = {}
-    for number in range(count):
-        types = types_of([GROUPS[number % len(GROUPS)]])
-        kind = types[number // len(GROUPS) % len(types)].name
-        seed = first + number
-        found[f"{split}-{kind}-{seed}"] = partial(domain_item, kind, seed, split=split)
+    for number in range(first * per_scene, (first + count) * per_scene):
+        kind, seed = turn_of(number), number // per_scene
+        # Of a pair of questions about one scene both may be of one type: asked differently.
+        id, again = f"{split}-{kind}-{seed}", 0
+        while id in found:
+            again += 1
+            id = f"{split}-{kind}-{seed}-{again}"
+        found[id] = partial(domain_item, kind, seed, split=split, again=again)
     return found
 
 
-def domain_item(kind: str, seed: int, *, split: Split = "train") -> Item:
+TURNS: Final = ("region", "reencode", "none", "two_looks", "reencode", "either")
+"""Groups of questions in turn: twice those on which most of the measured depends."""
+
+
+def turn_of(number: int) -> str:
+    """The type of the question of a number."""
+    from vpt_agent.nano.domain import types_of
+
+    round_, place = divmod(number, len(TURNS))
+    group = TURNS[place]
+    types = types_of([group])
+    earlier = TURNS[:place].count(group)
+    return types[(round_ * TURNS.count(group) + earlier) % len(types)].name
+
+
+@lru_cache(maxsize=4)
+def _drawn(seed: int, split: Split) -> DomainScene:
+    """A scene, drawn once for the questions about it."""
+    from vpt_agent.nano.domain import make_domain_scene
+
+    return make_domain_scene(seed, split=split)
+
+
+def domain_item(kind: str, seed: int, *, split: Split = "train", again: int = 0) -> Item:
     """A question of a type about the scene of ``seed``, or about the next one far above it that
-    can be asked it."""
-    from vpt_agent.nano.domain import ask, make_domain_scene
+    can be asked it; ``again`` gives another one of the type."""
+    from vpt_agent.nano.domain import ask
     from vpt_agent.nano.domain.export import shown_boxes
 
-    id, asked = f"{split}-{kind}-{seed}", None
+    id, asked = f"{split}-{kind}-{seed}" + (f"-{again}" if again else ""), None
     while asked is None:
-        scene = make_domain_scene(seed, split=split)
-        asked = ask(scene, kind)
+        scene = _drawn(seed, split)
+        asked = ask(scene, kind, seed=again)
         seed += _NEXT
     image, needs = scene.image, asked.type.needs
     looks = any("region" in need for need in needs)

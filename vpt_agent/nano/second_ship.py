@@ -28,6 +28,7 @@ DOMAIN = (
     "hatched marks, see `vpt-agent nano scenes`); on photographs and other questions its answer "
     "means nothing"
 )
+_CHOICES = ("calls_needed", "needed_called", "needless_avoided")
 _KEPT = ("value", "low", "high", "n")
 
 
@@ -159,7 +160,7 @@ def short_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
                 if result["n"]
             },
             "choices": {
-                name: {key: _short(value) for key, value in told.items() if key != "by_kind"}
+                name: {key: _short(told[key]) for key in _CHOICES}
                 for name, told in found["choices"].items()
             },
         }

@@ -258,3 +258,41 @@ def test_a_setting_limits_the_turns_that_call(tmp_path: Path) -> None:
     wanted = [given, Limits(calls=5, new_tokens=9, rounds=1), None, Limits(rounds=1)]
     assert agent.limits == wanted
     assert {s.rounds for s in control_settings(CLIP)} == {1}  # a second look would hide the switch
+
+
+def test_pairs_that_are_not_wanted_can_be_asked_later(tmp_path: Path) -> None:
+    few = Setting(name="few", tool_choice="none")
+
+    def wanted(id: str, setting: Setting) -> bool:
+        return setting is NO_TOOLS or id in ("i1", "i4")
+
+    told: list[str] = []
+
+    def ask(**more: object) -> ResultStore:
+        return evaluate(
+            tiny_agent(), ITEMS, [NO_TOOLS, few], tmp_path, chunk=2, limits=LIMITS,
+            progress=told.append, **more,
+        )  # fmt: skip
+
+    ask(wanted=wanted)
+    rows = list(read_rows(tmp_path))
+    assert sorted(r.item for r in rows if r.setting == "few") == ["i1", "i4"]
+    assert len(rows) == 7
+    assert told[-1].startswith("7 of 7 asked")
+    assert len(ask().done) == 10
+    assert told[-1].startswith("10 of 10 asked")
+
+
+def test_a_stopped_evaluation_goes_on_as_if_it_had_not_stopped(done: Path, tmp_path: Path) -> None:
+    batches: list[int] = []
+
+    def stop() -> bool:
+        batches.append(1)
+        return len(batches) > 6
+
+    evaluate(tiny_agent(), ITEMS, SETTINGS, tmp_path, batch=3, limits=LIMITS, seed=1, stop=stop)
+    some = list(read_rows(tmp_path))
+    assert 0 < len(some) < len(ITEMS) * len(SETTINGS)
+    assert all(r.counts for r in some)  # a swap without its donor yet is no skipped item
+    run(tmp_path)
+    assert told(tmp_path) == told(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ from vpt_agent.evaluation.runs import verdict
 from vpt_agent.evaluation.store import ResultStore
 from vpt_agent.nano.aims import aims_of, aims_table
 from vpt_agent.nano.domain import GROUPS, TYPES
-from vpt_agent.nano.report import domain_items, question_type, report, scene_items
+from vpt_agent.nano.report import (
+    TURNS,
+    domain_item,
+    domain_items,
+    question_type,
+    report,
+    scene_items,
+)
 from vpt_agent.nano.scene import make_scene
 from vpt_agent.tokens.table import CLIP, REGION
 from vpt_agent.types import Box
@@ -117,17 +125,39 @@ def test_a_scene_as_an_item() -> None:
 
 
 def test_questions_of_the_second_domain() -> None:
-    items = domain_items(10, split="train", first=3)
+    items = domain_items(12, split="train", first=6)
     made = [items[id]() for id in items]
     assert [m.id for m in made] == list(items)
-    assert [m.meta["group"] for m in made] == list(GROUPS) * 2
-    assert len({m.type for m in made}) == 7  # two of each group that has two
+    assert [m.meta["group"] for m in made] == list(TURNS) * 2
+    assert set(TURNS) == set(GROUPS)
     for item in made:
         assert item.needs == TYPES[item.type].needs
         assert bool(item.crops) == any("region" in need for need in item.needs or ())
         again = items[item.id]()
         assert (again.question, again.answer) == (item.question, item.answer)
         assert again.picture().tobytes() == item.picture().tobytes()
+
+
+def test_pieces_of_the_second_domain_are_parts_of_the_whole() -> None:
+    whole = list(domain_items(200, first=10, per_scene=2))
+    parts = [list(domain_items(100, first=n, per_scene=2)) for n in (10, 110)]
+    assert [*parts[0], *parts[1]] == whole
+    assert len(whole) == 400
+    counted = Counter(id.split("-")[1] for id in whole)
+    assert set(counted) == set(TYPES)
+    reencoded = [counted[n] for n, t in TYPES.items() if t.group == "reencode"]
+    assert max(reencoded) - min(reencoded) <= 1
+    assert sum(reencoded) == pytest.approx(400 / 3, abs=2)
+
+
+def test_two_questions_about_one_scene() -> None:
+    items = domain_items(1, first=8, per_scene=6)
+    made = [make() for make in items.values()]
+    pictures = {m.picture().tobytes() for m in made if m.meta["group"] in ("region", "either")}
+    assert len(pictures) == 1
+    assert len({m.question for m in made}) == 6
+    first, again = (domain_item("region", 8, again=n) for n in (0, 1))
+    assert (first.question, again.id) != (again.question, first.id)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +178,8 @@ def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
     page = report(written(tmp_path), tmp_path / "out")
     text = page.read_text()
     for title in ("Exact match", "Differences on the same items", "Regions against true boxes",
-                  "Free choice against need", "Control states by type of question",
-                  "Grid: how fine?"):  # fmt: skip
+                  "Free choice against need", "Calls made in free choice",
+                  "Control states by type of question", "Grid: how fine?"):  # fmt: skip
         assert f"<h3>{title}</h3>" in text
     assert "&lt;b&gt;place&lt;/b&gt;" in text
     assert "<b>" not in text
