@@ -81,7 +81,8 @@ class ToolCall:
     """One call of a perception tool.
 
     ``control`` is the hidden state [k, D] that the call carries (re-encoding kinds), on the
-    model's device; ``tokens`` are the ids that spelled the call.
+    model's device; ``tokens`` are the ids that spelled the call; ``repairs`` says what was mended
+    when a call was read from text.
     """
 
     id: str
@@ -91,6 +92,7 @@ class ToolCall:
     kind: str | None = None
     tokens: tuple[int, ...] = ()
     control: torch.Tensor | None = field(default=None, compare=False)
+    repairs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
