@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_pairs_that_are_not_wanted_can_be_asked_later(tmp_path: Path) -> None:
 
     told: list[str] = []
 
-    def ask(**more: object) -> ResultStore:
+    def ask(**more: Any) -> ResultStore:
         return evaluate(
             tiny_agent(), ITEMS, [NO_TOOLS, few], tmp_path, chunk=2, limits=LIMITS,
             progress=told.append, **more,
