@@ -23,13 +23,13 @@ def reinforce(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Let a model answer, judge its answers, and move it towards the better ones."""
-    from vpt_agent.cli.train import _drawn
+    from vpt_agent.cli.train import drawing
     from vpt_agent.training.reinforce import read_reinforce_config
     from vpt_agent.training.reinforce import reinforce as run
 
     read = read_reinforce_config(config, change or ())
-    read = read.model_copy(update={"sources": tuple(_drawn(s, read.out) for s in read.sources)})
-    done = run(read, resume=resume, say=lambda text: note("reinforce", text))
+    draw = drawing(read.out)
+    done = run(read, resume=resume, say=lambda text: note("reinforce", text), draw=draw)
     told = {"checkpoint": str(done.checkpoint), "steps": done.steps, "last_step": done.metrics}
     if as_json:
         print_json(told)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vpt_agent.cli.output import clear_errors, note, print_json
+from vpt_agent.errors import UserError
 
 if TYPE_CHECKING:
-    from vpt_agent.training import TrainConfig
-    from vpt_agent.training.config import Source
+    from vpt_agent.training.config import Scenes, Source
+
+ROWS = "rows.json"
+DRAWING_SECONDS = 1800.0
+"""How long a process waits for the one that draws the scenes."""
 
 
 @clear_errors
@@ -45,8 +54,8 @@ def train(
         return
     from vpt_agent.training import train as run
 
-    read = _with_scenes(read)
-    result = run(read, resume=resume, say=lambda text: note("train", text))
+    draw = drawing(read.out)
+    result = run(read, resume=resume, say=lambda text: note("train", text), draw=draw)
     told = {
         "checkpoint": str(result.checkpoint),
         "steps": result.steps,
@@ -69,27 +78,60 @@ def train(
         typer.echo(f"{answer['question']!r}: {answer['answer']!r}")
 
 
-def _with_scenes(config: TrainConfig) -> TrainConfig:
-    """Sources of scenes become files: drawn once, beside the run."""
-    data = config.data
-    changed = data.model_copy(
-        update={
-            name: tuple(_drawn(source, config.out) for source in getattr(data, name))
-            for name in ("sources", "evaluation")
-        }
-    )
-    return config.model_copy(update={"data": changed})
+def drawing(out: Path) -> Callable[[Source], Source]:
+    """What makes a file of a source of scenes: drawn once, beside the run in ``out``.
+
+    Of several processes on a machine one draws, and the others wait for it.
+    """
+
+    def drawn(source: Source) -> Source:
+        wanted = source.scenes
+        if wanted is None:
+            return source
+        name = f"{wanted.split}-{wanted.seed}-{wanted.count}"
+        folder = out.with_name(f"{out.name}-scenes") / name
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            _wait_for(folder)
+        elif not _all_there(folder):
+            note("train", f"drawing {wanted.count} scenes into {folder}")
+            _draw(folder, wanted)
+        return source.model_copy(update={"scenes": None, "path": folder / ROWS})
+
+    return drawn
 
 
-def _drawn(source: Source, out: Path) -> Source:
-    wanted = source.scenes
-    if wanted is None:
-        return source
+def _draw(folder: Path, wanted: Scenes) -> None:
     from vpt_agent.cli.scenes import write_scenes
 
-    folder = out.with_name(f"{out.name}-scenes") / f"{wanted.split}-{wanted.seed}-{wanted.count}"
-    file = folder / "rows.json"
-    if not file.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        note("train", f"drawing {wanted.count} scenes into {folder}")
-        write_scenes(folder, count=wanted.count, seed=wanted.seed, split=wanted.split)
-    return source.model_copy(update={"scenes": None, "path": file})
+    draft = folder.with_name(f"{folder.name}.draft-{uuid.uuid4().hex}")
+    try:
+        write_scenes(draft, count=wanted.count, seed=wanted.seed, split=wanted.split)
+        if folder.exists():  # some pictures are gone
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    except OSError as error:
+        raise UserError("scenes cannot be written", where=folder, got=error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _all_there(folder: Path) -> bool:
+    """Whether the rows are there, and every picture that they name."""
+    try:
+        rows = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    return all((folder / row["images"][0]).is_file() for row in rows)
+
+
+def _wait_for(folder: Path) -> None:
+    end = time.monotonic() + DRAWING_SECONDS
+    while not _all_there(folder):
+        if time.monotonic() > end:
+            raise UserError(
+                "the scenes that another process draws did not come",
+                where=folder,
+                got=f"nothing after {DRAWING_SECONDS:g} seconds",
+                fix="see what the process with LOCAL_RANK 0 says; all must see the same folder",
+            )
+        time.sleep(0.2)

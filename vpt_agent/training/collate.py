@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vpt_agent.data import IGNORED, Dropped, Encoded, Row, RowEncoder, row_views
+from vpt_agent.data import IGNORED, Dropped, Encoded, Row, RowEncoder, RowError, row_views
 from vpt_agent.errors import UserError
 from vpt_agent.model.positions import rope_positions
 from vpt_agent.tokens.table import END_OF_TEXT
@@ -42,6 +42,16 @@ class Item:
     def __len__(self) -> int:
         """The row's length in tokens."""
         return len(self.encoded.labels)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Names of the perception kinds that the row teaches: their calls are the model's own, or
+        their features are shown."""
+        return frozenset(
+            span.kind
+            for span in self.encoded.record.spans
+            if span.kind is not None and span.source in ("sampled", "visual")
+        )
 
 
 class Collator:
@@ -70,15 +80,17 @@ class Collator:
 
     # --- one row ------------------------------------------------------------------------------
 
-    def item(self, row: Row, folder: Path | str | None = None) -> Item | None:
+    def item(self, row: Row | RowError, folder: Path | str | None = None) -> Item | None:
         """The row with its pictures opened, or None where it is dropped (``counts`` says why).
 
         Dropped are rows that would be cut inside a call or a run of visual tokens, and rows without
         a label. A row that cannot be used (too few pictures, a kind the model has not, a missing
-        file) is a :class:`UserError`, or counted as ``skipped``.
+        file; or an error where a row should be) is a :class:`UserError`, or counted as ``skipped``.
         """
         self.counts["rows"] += 1
         try:
+            if isinstance(row, RowError):
+                raise row
             views = row_views(row, folder=folder)
             encoded = self.encoder.encode(row, views)
         except UserError:

@@ -53,23 +53,43 @@ class Scenes(Part):
     split: Literal["train", "unseen"] = "train"
 
 
+class Dataset(Part):
+    """A table of Hugging Face `datasets`: of the hub, or (``name: json``) of local ``files``.
+
+    ``subset`` is its configuration. Rows name their pictures by path, as in files.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    files: tuple[str, ...] | None = None
+
+
 class Source(Part):
-    """One file of published-JSON rows (a JSON array, or JSON lines), or ``scenes``.
+    """One file of published-JSON rows (a JSON array, or JSON lines), a ``dataset``, or ``scenes``.
 
     ``weight`` is its share in the mixture. ``images`` is the folder of relative picture paths.
-    ``remap`` replaces the beginnings of picture paths.
+    ``remap`` replaces the beginnings of picture paths, ``columns`` the names of keys. With
+    ``stream`` rows are read as they come, through a shuffle buffer; nothing is stored, and a run
+    that is taken up reads again what it has had. ``retarget`` makes the calls of encoders that the
+    model does not have calls of its own (``true``, or the kind's name where it has several), and
+    gives all calls as many control tokens as the model has.
     """
 
     path: Path | None = None
+    dataset: Dataset | None = None
     scenes: Scenes | None = None
     weight: float = 1.0
     images: Path | None = None
     remap: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = Field(default_factory=dict)
+    stream: bool = False
+    retarget: bool | str = False
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
-        if (self.path is None) == (self.scenes is None):
-            raise ValueError("a source has a path or scenes, and not both")
+        if sum(one is not None for one in (self.path, self.dataset, self.scenes)) != 1:
+            raise ValueError("a source has a path, a dataset or scenes, and one of them only")
         return self
 
 
@@ -79,7 +99,8 @@ class DataPart(Part):
     ``hold_out``: the first rows of each source are for evaluation (``max_evaluation`` in all),
     unless ``evaluation`` names sources of their own. ``truncation``: ``drop`` drops a row that
     would be cut inside a call or a run of visual tokens; ``published`` cuts as the release does.
-    ``shuffle`` is the size of the shuffle buffer in rows, 1 for none. A batch has ``rows`` rows, or
+    ``shuffle`` is the size of the shuffle buffer of streams in rows (other sources are shuffled as
+    a whole), 1 for no shuffling. A batch has ``rows`` rows, or
     at most ``tokens`` tokens, padding included. Rows of like length share a batch; they are sorted
     within windows of ``window`` batches. ``workers`` processes prepare pictures; 0: none besides
     the main one. ``bad_rows``: stop at a row that cannot be used, or skip and count it.
@@ -146,6 +167,56 @@ class OptimPart(Part):
     accumulate: int = Field(1, ge=1)
 
 
+DECIDED: Mapping[str, str] = {
+    "output_dir": "out",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "data.rows or data.tokens",
+    "per_device_eval_batch_size": "data.rows or data.tokens",
+    "auto_find_batch_size": "data.rows or data.tokens",
+    "group_by_length": "data.window",
+    "length_column_name": "data.window",
+    "train_sampling_strategy": "data.shuffle",
+    "gradient_accumulation_steps": "optim.accumulate",
+    "learning_rate": "optim.learning_rate",
+    "weight_decay": "optim.weight_decay",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_epsilon": "optim.epsilon",
+    "max_grad_norm": "optim.clip",
+    "warmup_steps": "optim.warmup",
+    "warmup_ratio": "optim.warmup",
+    "bf16": "precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "seed": "seed",
+    "data_seed": "seed",
+    "use_cpu": "device",
+    "logging_steps": "log_every",
+    "eval_strategy": "evaluate_every",
+    "eval_steps": "evaluate_every",
+    "save_strategy": "save_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "save_only_model": "save_every",
+    "dataloader_num_workers": "data.workers",
+    "dataloader_prefetch_factor": "data.prefetch",
+    "dataloader_drop_last": "",
+    "dataloader_persistent_workers": "",
+    "accelerator_config": "",
+    "ignore_data_skip": "",
+    "remove_unused_columns": "",
+    "label_names": "",
+    "label_smoothing_factor": "",
+    "resume_from_checkpoint": "--resume",
+    "do_train": "",
+    "do_eval": "data.hold_out",
+    "do_predict": "answers",
+}
+"""Keys of TrainingArguments that ``trainer`` may not have: here they would do nothing, or undo what
+the config says. Their values name the key to use."""
+
+
 class TrainConfig(RunConfig):
     """A training run.
 
@@ -154,7 +225,7 @@ class TrainConfig(RunConfig):
     otherwise. ``steps`` of the optimiser, or ``epochs`` over the rows. ``precision`` is what is
     computed in; weights are kept in float32. ``answers``: so many evaluation rows are answered by
     the finished checkpoint. ``trainer`` goes to transformers' TrainingArguments as it is
-    (``fsdp``, ``deepspeed``, ...).
+    (``fsdp``, ``deepspeed``, ...), but for what is decided here (:data:`DECIDED`).
     """
 
     stage: Stage
@@ -184,10 +255,15 @@ class TrainConfig(RunConfig):
             raise ValueError("say either steps or epochs")
         if self.epochs is not None and self.data.tokens is not None:
             raise ValueError("with batches by tokens say steps: an epoch has no fixed number")
+        if self.epochs is not None and any(source.stream for source in self.data.sources):
+            raise ValueError("with streams say steps: their rows are not counted beforehand")
         if self.trainable is not None and self.frozen is not None:
             raise ValueError("say either trainable or frozen, or none for the stage's own")
         if (self.stage == "lora") != (self.lora is not None):
             raise ValueError("the stage lora and the part lora go together")
+        clash = [f"{k} (use {v})" if v else k for k, v in DECIDED.items() if k in self.trainer]
+        if clash:
+            raise ValueError(f"trainer: decided by the config itself: {', '.join(clash)}")
         return self
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from vpt_agent.agent.agent import Tools
 from vpt_agent.config import shipped_model
 from vpt_agent.data import RowEncoder
 from vpt_agent.errors import UserError
@@ -21,20 +20,41 @@ from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.tokens.table import IM_END, IM_START, ResolvedTable
-from vpt_agent.training.answers import answer_rows
+from vpt_agent.training.answers import ANSWERS, answer_rows, require_own_tools
+from vpt_agent.training.arguments import arguments
 from vpt_agent.training.collate import Collator
-from vpt_agent.training.config import MaskPart, TrainConfig
+from vpt_agent.training.config import MaskPart, ModelPart, Source, TrainConfig
+from vpt_agent.training.configfile import read_as, require_same
+from vpt_agent.training.final import Figures, Lacking, evaluation_at, lacking, save_final
+from vpt_agent.training.folder import CONFIG, FINAL, open_run, step_of
 from vpt_agent.training.freeze import freeze
-from vpt_agent.training.logs import METRICS, mean_loss, plot_losses
+from vpt_agent.training.logs import mean_loss, plot_losses
 from vpt_agent.training.lora import add_lora, merge_lora
 from vpt_agent.training.sources import evaluation_rows, rules_of, training_rows
 from vpt_agent.training.stream import Batches, Cursor, Fixed, Shape
-from vpt_agent.training.trainer import STATE, VPTTrainer
+from vpt_agent.training.trainer import STATE, VPTTrainer, is_whole
 
-FINAL = "final"
-"""The finished checkpoint's folder in ``out``."""
+FREE = (
+    "out",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "keep",
+    "answers",
+    "device",
+    "data.max_evaluation",
+    "data.workers",  # compared with the checkpoint's own, as the number of processes is
+    "data.prefetch",
+    "model.remember",
+)
+"""Keys of a config that may change when a run is taken up: they do not touch what is learnt."""
+
+_FINISHED: Mapping[str, Any] = {"encoders": None, "controls": None, "grid": None,
+                                "encoder_weights": {}}  # fmt: skip
+"""What the config says of building a model is in the finished one already."""
 
 Say = Callable[[str], None]
+Draw = Callable[[Source], Source]
 
 
 @dataclass(frozen=True)
@@ -60,89 +80,137 @@ def train(
     resume: bool = False,
     say: Say = lambda _: None,
     callbacks: Sequence[TrainerCallback] = (),
+    tools: Tools = None,
+    draw: Draw | None = None,
 ) -> Trained:
     """Train as ``config`` says; the result lies in ``config.out / "final"``.
 
     ``resume`` goes on from the newest complete checkpoint of a run that was stopped, to the same
-    losses as if it had not been. A finished checkpoint, or a run begun and not resumed, is never
-    overwritten: both are a :class:`UserError`, as is all that is wrong with config or rows. ``say``
-    hears how far it is.
+    losses as if it had not been; where the finished checkpoint is there and only its evaluation or
+    its answers are not, they are made up. A finished checkpoint, or a run begun and not resumed, is
+    never overwritten: both are a :class:`UserError`, as is all that is wrong with config or rows.
+    ``say`` hears how far it is. ``tools`` are those of the model's own kinds, for the answers, as
+    in ``PerceptionAgent``. ``draw`` makes files of sources that are scenes.
     """
-    latest = _prepare_folder(config, resume=resume)
+    lacks = lacking(config) if resume else None
+    if lacks is not None:
+        begun = read_as(TrainConfig, config.out / CONFIG)
+        require_same(begun, config, free=FREE)
+        return _made_up(_with_files(config, draw), lacks, say=say, tools=tools)
+    latest = open_run(config, resume=resume, whole=is_whole, free=FREE, say=say)
+    config = _with_files(config, draw)
     set_seed(config.seed)
     say(f"loading {config.model.path}")
     model, processor = load(config)
+    if config.answers:  # found out now, not when all is done
+        require_own_tools(model, config.model.path, tools)
     tuner = choose_parameters(model, config)
     learning = [p.numel() for p in model.parameters() if p.requires_grad]
     say(f"{sum(learning):,} parameters in {len(learning)} tensors learn")
-    trainer = _trainer(config, model, processor, latest, callbacks, say)
-    if latest is not None:
-        trainer.metrics.resume(int(latest.name.split("-")[1]))
-    result = trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-    at, metrics = trainer.evaluated
-    if trainer.evaluation is not None and at != trainer.state.global_step:
-        metrics = trainer.evaluate()
-    padding = trainer.padding
-    say(f"padding: {padding:.1%} of {trainer.tokens['all']:,} tokens; rows: {dict(trainer.rows)}")
-    final = config.out / FINAL
+    trainer = make_trainer(config, model, processor, latest=latest, callbacks=callbacks, say=say)
+    _run_steps(trainer, latest)
+    figures = _finish(trainer, tuner, processor, config, say)
+    metrics = _evaluated(trainer, config)
+    return Trained(
+        config.out / FINAL,
+        figures.steps,
+        figures.loss,
+        figures.padding,
+        dict(figures.rows),
+        metrics,
+        _answered(trainer, config, processor, say=say, tools=tools),
+    )
+
+
+def _run_steps(trainer: VPTTrainer, latest: Path | None) -> None:
+    """Train, from the checkpoint ``latest`` on if there is one."""
+    if latest is None:
+        trainer.train()
+        return
+    if trainer.is_world_process_zero():
+        trainer.metrics.resume(step_of(latest))
+    if step_of(latest) < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=str(latest))
+    else:  # transformers would make one step more
+        trainer.take_up(latest)
+
+
+def _finish(
+    trainer: VPTTrainer, tuner: Any, processor: VPTProcessor, config: TrainConfig, say: Say
+) -> Figures:
+    """Save the finished checkpoint. First of all: what follows may fail, and can be made up."""
+    if tuner is not None and trainer.sharded:
+        raise UserError(
+            "LoRA cannot be merged into sharded weights",
+            where=config.out,
+            fix="train LoRA without fsdp and deepspeed",
+        )
+    totals, state = trainer.totals(), trainer.full_state()
+    say(f"padding: {totals.padding:.1%} of {totals.tokens['all']:,} tokens; "
+        f"rows: {dict(totals.rows)}")  # fmt: skip
+    loss = mean_loss(config.out)
+    figures = Figures(
+        trainer.state.global_step,
+        math.nan if loss is None else loss,
+        totals.padding,
+        {name: n for name, n in totals.rows.items() if n},
+    )
     if trainer.is_world_process_zero():
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_final(merge_lora(tuner) if tuner is not None else trained, processor, config, final)
-        plot_losses(config.out)
+        save_final(
+            merge_lora(tuner) if tuner is not None else trained,
+            processor,
+            config,
+            config.out / FINAL,
+            figures=figures,
+            taught=totals.kinds,
+            state=state,
+        )
     trainer.accelerator.wait_for_everyone()
-    answers: tuple[dict[str, Any], ...] = ()
-    if config.answers and trainer.is_world_process_zero():
-        rows = evaluation_rows(config.data)[: config.answers]
-        answers = answer_rows(final, rows, config.out / "answers.json", say=say)
+    return figures
+
+
+def _evaluated(trainer: VPTTrainer, config: TrainConfig) -> dict[str, float]:
+    """The evaluation after the last step, which may have been made already; {} without rows."""
+    metrics = evaluation_at(config.out, trainer.state.global_step)
+    if metrics is None:
+        metrics = {} if trainer.evaluation is None else trainer.evaluate()
+    if trainer.is_world_process_zero():
+        plot_losses(config.out)
+    return metrics
+
+
+def _answered(
+    trainer: VPTTrainer, config: TrainConfig, processor: VPTProcessor, *, say: Say, tools: Tools
+) -> tuple[dict[str, Any], ...]:
+    if not config.answers or not trainer.is_world_process_zero():
+        return ()
+    rows = evaluation_rows(config.data, processor.table)[: config.answers]
+    return answer_rows(config.out / FINAL, rows, config.out / ANSWERS, say=say, tools=tools)
+
+
+def _made_up(config: TrainConfig, lacks: Lacking, *, say: Say, tools: Tools) -> Trained:
+    """What a run lacks that was killed after its checkpoint was finished."""
+    final, figures = config.out / FINAL, lacks.figures
+    say("the checkpoint is finished: what follows it is made up")
+    finished = ModelPart(**{**config.model.model_dump(), **_FINISHED, "path": str(final)})
+    model, processor = load(config.model_copy(update={"model": finished}))
+    trainer = make_trainer(config, model, processor, say=say)
+    trainer.state.global_step = figures.steps
+    metrics = _evaluated(trainer, config)
+    answers = _answered(trainer, config, processor, say=say, tools=tools) if lacks.answers else ()
     return Trained(
-        final,
-        trainer.state.global_step,
-        # Not the trainer's own: after a resume it divides a part of the losses by all steps.
-        mean_loss(config.out) or float(result.training_loss),
-        padding,
-        {name: n for name, n in trainer.rows.items() if n},
-        metrics,
-        answers,
+        final, figures.steps, figures.loss, figures.padding, dict(figures.rows), metrics, answers
     )
 
 
-def _prepare_folder(config: TrainConfig, *, resume: bool) -> Path | None:
-    """Check and make ``out``; the checkpoint to go on from, if any."""
-    if (config.out / FINAL).exists():
-        raise UserError(
-            "a finished checkpoint is never overwritten",
-            where=config.out / FINAL,
-            fix="choose another out (--set out=DIR), or move the folder away",
-        )
-    name = STATE.format(rank=int(os.environ.get("RANK", "0")))
-    found = sorted(
-        (
-            p.parent
-            for p in config.out.glob(f"checkpoint-*/{name}")
-            # A copy that somebody made by hand is not a checkpoint of this run.
-            if p.parent.name.removeprefix("checkpoint-").isdigit()
-        ),
-        key=lambda p: int(p.name.removeprefix("checkpoint-")),
-    )
-    if resume:
-        if not found:
-            raise UserError(
-                "there is nothing to resume: no complete checkpoint",
-                where=config.out,
-                fix="start without --resume",
-            )
-        return found[-1]
-    if config.out.exists() and any(config.out.glob("checkpoint-*")):
-        raise UserError(
-            "this folder holds a run that was begun",
-            where=config.out,
-            fix="go on with --resume, or choose another out",
-        )
-    config.out.mkdir(parents=True, exist_ok=True)
-    # Of a run that was stopped before its first checkpoint.
-    (config.out / METRICS).unlink(missing_ok=True)
-    (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    return None
+def _with_files(config: TrainConfig, draw: Draw | None) -> TrainConfig:
+    """The config with sources that are files: ``draw`` makes them of scenes."""
+    if draw is None:
+        return config
+    data = config.data
+    drawn = {n: tuple(draw(s) for s in getattr(data, n)) for n in ("sources", "evaluation")}
+    return config.model_copy(update={"data": data.model_copy(update=drawn)})
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -197,68 +265,50 @@ def choose_parameters(model: VPTForConditionalGeneration, config: TrainConfig) -
     return None
 
 
-def save_final(
-    model: VPTForConditionalGeneration, processor: VPTProcessor, config: TrainConfig, folder: Path
-) -> None:
-    """Write the finished checkpoint: all files, then its name, so that half of one is none."""
-    own = model.config
-    perception = dict(own.perception or {})
-    if config.stage != "alignment":  # an aligned projector has not met a call yet
-        perception["untrained"] = []
-    own.perception = perception
-    own.num_inner_forward_run = 2
-    own.use_cache = True
-    own.training = {
-        "para_mask_id": config.mask.paragraphs,
-        "para_mask_ratio": config.mask.ratio,
-        "stage": config.stage,
-    }
-    draft = folder.with_name(f"{folder.name}.draft")
-    model.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    about = {"transformers": transformers.__version__, "config": config.model_dump(mode="json")}
-    (draft / "training.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    draft.rename(folder)
-
-
 # --- the trainer ----------------------------------------------------------------------------------
 
 
-def _trainer(
+def make_trainer(
     config: TrainConfig,
     model: VPTForConditionalGeneration,
     processor: VPTProcessor,
-    latest: Path | None,
-    callbacks: Sequence[TrainerCallback],
-    say: Say,
+    *,
+    latest: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    say: Say = lambda _: None,
 ) -> VPTTrainer:
-    collator = make_collator(config, processor)
-    rows, count = training_rows(config.data, seed=config.seed)
-    kept = evaluation_rows(config.data)
+    """The trainer of ``config``, its rows checked, to go on behind the checkpoint ``latest``."""
+    data = config.data
+    rows, count = training_rows(data, seed=config.seed, table=processor.table)
+    kept = evaluation_rows(data, processor.table)
     args = arguments(config, rows=count, evaluates=bool(kept))
     rank, world = args.process_index, args.world_size
-    data = config.data
     shape = Shape(data.rows, data.tokens, data.window * data.rows, config.seed)
     state = None if latest is None else _read_state(latest, args)
     cursors = {c[0]: Cursor(*c) for c in state["cursors"]} if state else {}
+    evaluation: Fixed | None = None
+    if kept:
+        evaluation = Fixed(kept, make_collator(config, processor), shape, rank=rank, world=world)
+        evaluation.require_usable()
     trainer = VPTTrainer(
         model=model,
         args=args,
         batches=Batches(
             rows,
-            collator,
+            make_collator(config, processor),
             shape,
             rank=rank,
             world=world,
             cursors=cursors,
             given=state["given"] if state else 0,
         ),
-        evaluation=Fixed(kept, collator, shape, rank=rank, world=world) if kept else None,
+        evaluation=evaluation,
         rule=mask_rule(config.mask),
         evaluation_rule=mask_rule(config.mask) if config.mask.in_evaluation else MaskRule(),
         passes=config.model.passes,
         classes=sorted({i for row in model.table.rows for i in row.token_ids}),
         prefetch=data.prefetch,
+        keep=config.keep,
         say=say,
         memory=_memory(config, model),
         processing_class=processor,
@@ -312,63 +362,3 @@ def _read_state(latest: Path, args: TrainingArguments) -> dict[str, Any]:
             expected=f"{had[0]} processes, data.workers {had[1]}",
         )
     return state
-
-
-def arguments(config: TrainConfig, *, rows: int, evaluates: bool) -> TrainingArguments:
-    """transformers' arguments; ``config.trainer`` has the last word on what is not decided here."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    optim = config.optim
-    steps = config.steps
-    if steps is None:
-        batch = config.data.rows * optim.accumulate * world
-        steps = max(1, math.ceil((config.epochs or 1) * rows / batch))
-    values: dict[str, Any] = {
-        "output_dir": str(config.out),
-        "max_steps": steps,
-        "per_device_train_batch_size": config.data.rows,
-        "gradient_accumulation_steps": optim.accumulate,
-        "learning_rate": optim.learning_rate,
-        "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.betas[0],
-        "adam_beta2": optim.betas[1],
-        "adam_epsilon": optim.epsilon,
-        "max_grad_norm": optim.clip,
-        "lr_scheduler_type": optim.schedule,
-        "warmup_steps": math.ceil(optim.warmup * steps),
-        "bf16": config.precision == "bfloat16",
-        "seed": config.seed,
-        "use_cpu": config.device == "cpu",
-        "logging_steps": config.log_every,
-        "eval_strategy": "steps" if config.evaluate_every and evaluates else "no",
-        "eval_steps": config.evaluate_every,
-        "save_strategy": "steps" if config.save_every else "no",
-        "save_steps": config.save_every or 500,
-        "save_total_limit": config.keep,
-        "dataloader_num_workers": config.data.workers,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "ignore_data_skip": True,  # our batches know where they stood
-        # A batch need not have every kind, and some published parameters are never used.
-        "ddp_find_unused_parameters": True if world > 1 else None,
-        "report_to": ["tensorboard"] if _has("tensorboard") else [],
-        "disable_tqdm": True,
-    }
-    if config.gradient_checkpointing:
-        values["gradient_checkpointing"] = True
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    decided = {"output_dir", "max_steps", "ignore_data_skip", "remove_unused_columns"}
-    clash = sorted(decided & set(config.trainer))
-    if clash:
-        raise UserError("these are decided by the config itself", where="trainer", got=clash)
-    try:
-        return TrainingArguments(**(values | config.trainer))
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(
-            "transformers refuses these arguments", where="trainer", got=str(error)
-        ) from error
-
-
-def _has(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None

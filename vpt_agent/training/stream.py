@@ -8,18 +8,19 @@ batches given of it. From the last cursors the stream goes on with the very next
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vpt_agent.data import Mixture
 from vpt_agent.errors import UserError, VPTError
-from vpt_agent.training.collate import Batch, Collator, plan_batches
-from vpt_agent.training.sources import Placed
+from vpt_agent.training.collate import Batch, Collator, Item, plan_batches
+from vpt_agent.training.sources import Taken
 
 EMPTY_WINDOWS = 100
 """After so many windows without one usable row the data is at fault."""
@@ -48,13 +49,13 @@ class Batches(IterableDataset[Batch]):
 
     ``rank`` of ``world`` processes. ``cursors`` (by worker) and ``given`` (batches given out so
     far) take the stream up where it was left; the number of processes and of workers must be the
-    same. Each batch has ``cursor`` beside the arguments of ``forward``, and ``counts``: what became
-    of the rows since the last one.
+    same. Beside the arguments of ``forward`` a batch has ``cursor``; ``counts``, what became of the
+    rows since the last one; and ``kinds``, how many of its rows teach which perception kind.
     """
 
     def __init__(
         self,
-        rows: Mixture[Placed],
+        rows: Mixture[Taken],
         collator: Collator,
         shape: Shape,
         *,
@@ -88,11 +89,11 @@ class Batches(IterableDataset[Batch]):
         shards = self.world * workers
         shard = self.rank * workers + worker
         start = self.cursors.get(worker, Cursor(worker, 0, 0))
-        self.rows.load_state_dict(self.rows.state_dict(position=shards * size * start.window))
+        self.rows.seek(shards * size * start.window)
         stream = iter(self.rows.shard(shard, shards))
         window, used, empty = start.window, start.used, 0
         while True:
-            items = [self.collator.item(p.row, p.folder) for p in islice(stream, size)]
+            items = [self.collator.item(row) for row in islice(stream, size)]
             if used:  # taken up in the middle of a window, whose rows were counted already
                 self.collator.counts.clear()
             kept = [item for item in items if item is not None]
@@ -112,21 +113,24 @@ class Batches(IterableDataset[Batch]):
                     yield self._batch([kept[i] for i in group], Cursor(worker, window, number + 1))
             window, used = window + 1, 0
 
-    def _batch(self, items: list[Any], cursor: Cursor) -> Batch:
+    def _batch(self, items: list[Item], cursor: Cursor) -> Batch:
         counts = dict(self.collator.counts)
         self.collator.counts.clear()
-        return self.collator.batch(items) | {"cursor": tuple(cursor), "counts": counts}
+        kinds = dict(Counter(kind for item in items for kind in item.kinds))
+        about = {"cursor": tuple(cursor), "counts": counts, "kinds": kinds}
+        return self.collator.batch(items) | about
 
 
 class Fixed(IterableDataset[Batch]):
     """Batches of given rows, once, sorted by length: for evaluation.
 
-    Of several processes and workers each takes its share of the windows.
+    Of several processes and workers each takes its share of the windows. ``collator`` should be
+    used by nobody else: its counts are those of these rows.
     """
 
     def __init__(
         self,
-        rows: list[Placed],
+        rows: Sequence[Taken],
         collator: Collator,
         shape: Shape,
         *,
@@ -136,15 +140,38 @@ class Fixed(IterableDataset[Batch]):
         self.rows, self.collator, self.shape = rows, collator, shape
         self.rank, self.world = rank, world
 
+    def require_usable(self) -> None:
+        """Raise :class:`UserError` where all rows are dropped: better before a run than at its end.
+
+        Stops at the first row that can be used.
+        """
+        counts = self.collator.counts
+        counts.clear()
+        if all(self.collator.item(row) is None for row in self.rows):
+            raise UserError(
+                "no row can be evaluated on",
+                where="data.hold_out or data.evaluation",
+                got=", ".join(f"{k}: {n}" for k, n in counts.items() if n),
+                fix="raise data.max_length, hold out other rows, or hold out none",
+            )
+        counts.clear()
+
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        try:
+            yield from self._share(*((info.id, info.num_workers) if info else (0, 1)))
+        except VPTError as error:
+            if info is None:
+                raise
+            yield {"error": error}  # see Batches
+
+    def _share(self, worker: int, workers: int) -> Iterator[Batch]:
         share, shares = self.rank * workers + worker, self.world * workers
         size = self.shape.window
         for window, first in enumerate(range(0, len(self.rows), size)):
             if window % shares != share:
                 continue
-            made = [self.collator.item(*placed) for placed in self.rows[first : first + size]]
+            made = [self.collator.item(row) for row in self.rows[first : first + size]]
             kept = [item for item in made if item is not None]
             lengths = [len(item) for item in kept]
             for group in plan_batches(lengths, rows=self.shape.rows, tokens=self.shape.tokens):

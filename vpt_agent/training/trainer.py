@@ -7,19 +7,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerState
 
 from vpt_agent.errors import TrainingError, UserError
 from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.training.collate import Batch
-from vpt_agent.training.logs import MetricsFile
+from vpt_agent.training.folder import prune
+from vpt_agent.training.logs import MetricsFile, write_whole
 from vpt_agent.training.metrics import ClassAccuracy
 from vpt_agent.training.stream import Batches, Cursor, Fixed
 
@@ -27,11 +29,35 @@ STATE = "data_state-{rank}.json"
 """Beside a checkpoint's weights: where the rows of a process stood. Written last."""
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all processes have written what they write last."""
+    try:
+        state = json.loads((checkpoint / STATE.format(rank=0)).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    ranks = range(int(state["world"]))
+    return all((checkpoint / STATE.format(rank=rank)).is_file() for rank in ranks)
+
+
+class Totals(NamedTuple):
+    """Counts of rows (what became of them), of tokens, and of rows by the kind that they teach."""
+
+    rows: Counter[str]
+    tokens: Counter[str]
+    kinds: Counter[str]
+
+    @property
+    def padding(self) -> float:
+        """The share of padding in the tokens trained on."""
+        return self.tokens["padding"] / max(1, self.tokens["all"])
+
+
 class VPTTrainer(Trainer):
     """Trains ``VPTForConditionalGeneration`` on :class:`~vpt_agent.training.stream.Batches`.
 
     ``rule`` are the masks in training, ``evaluation_rule`` in evaluation; ``passes`` as in the
-    model's ``forward``. Losses of single steps go to ``metrics.jsonl`` unrounded.
+    model's ``forward``. Losses of single steps (the mean of all processes) go to ``metrics.jsonl``
+    unrounded. The newest ``keep`` checkpoints stay.
     """
 
     control: Any
@@ -50,6 +76,7 @@ class VPTTrainer(Trainer):
         say: Callable[[str], None],
         memory: FeatureMemory | None = None,
         prefetch: int = 2,
+        keep: int | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -64,16 +91,24 @@ class VPTTrainer(Trainer):
         self.batches, self.evaluation = batches, evaluation
         self.rule, self.evaluation_rule, self.passes = rule, evaluation_rule, passes
         self.classes, self.prefetch = classes, prefetch
-        self.memory = memory
+        self.memory, self.keep = memory, keep
+        if evaluation is not None and self.sharded:
+            # Each forward needs all processes: each of them evaluates all rows.
+            evaluation.rank, evaluation.world = 0, 1
         self.metrics = MetricsFile(Path(args.output_dir))
         self.cursors: dict[int, Cursor] = dict(batches.cursors)
         self.given = batches.given
         self.rows: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
-        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.kinds: Counter[str] = Counter()
         self._losses: list[float] = []
         self.remove_callback(PrinterCallback)  # standard output is for results
         self.add_callback(_Steps(self, say))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds a part of the weights only (or may: with DeepSpeed)."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # --- data ---------------------------------------------------------------------------------
 
@@ -96,7 +131,7 @@ class VPTTrainer(Trainer):
 
     def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch goes to the model."""
-        ours = ("rows", "cursor", "counts")
+        ours = ("rows", "cursor", "counts", "kinds")
         return {name: value for name, value in inputs.items() if name not in ours}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -145,21 +180,30 @@ class VPTTrainer(Trainer):
         self.tokens["all"] += mask.numel()
         self.tokens["padding"] += mask.numel() - int(mask.sum())
         self.rows.update(inputs["counts"])
+        self.kinds.update(inputs["kinds"])
         worker, window, used = inputs["cursor"]
         self.cursors[int(worker)] = Cursor(int(worker), int(window), int(used))
         self.given += 1
 
-    @property
-    def padding(self) -> float:
-        """The share of padding in what was trained on so far."""
-        return self.tokens["padding"] / max(1, self.tokens["all"])
+    def totals(self) -> Totals:
+        """What all processes together have trained on so far; all of them must ask."""
+        own = Totals(Counter(self.rows), Counter(self.tokens), Counter(self.kinds))
+        if self.args.world_size == 1:
+            return own
+        every: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(every, own)
+        return Totals(*(sum(counts, Counter()) for counts in zip(*every, strict=True)))
 
     def end_step(self) -> None:
         """Write the losses of the step that ended."""
-        if self._losses and self.is_world_process_zero():
+        if self._losses:
             mean = sum(self._losses) / len(self._losses)
-            rate = self._get_learning_rate()
-            self.metrics.write({"step": self.state.global_step, "loss": mean, "rate": float(rate)})
+            if self.args.world_size > 1:
+                value = torch.tensor(mean, dtype=torch.float64, device=self.args.device)
+                mean = float(self.accelerator.reduce(value, "mean"))
+            row = {"step": self.state.global_step, "loss": mean, "rate": self._get_learning_rate()}
+            if self.is_world_process_zero():
+                self.metrics.write(row | {"rate": float(row["rate"])})
         self._losses = []
 
     # --- evaluation ---------------------------------------------------------------------------
@@ -169,8 +213,7 @@ class VPTTrainer(Trainer):
         if self.evaluation is None:
             raise UserError("there are no rows to evaluate on", fix="set data.hold_out")
         # Processes have unequal numbers of batches: only sharded weights need the wrapped model.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model = self.model_wrapped if sharded else self.model
+        model = self.model_wrapped if self.sharded else self.model
         was = model.training
         model.eval()
         accuracy = ClassAccuracy(self.classes)
@@ -199,7 +242,6 @@ class VPTTrainer(Trainer):
         if self.is_world_process_zero():
             self.metrics.write({"step": self.state.global_step, **metrics})
         self.log(dict(metrics))
-        self.evaluated = (self.state.global_step, metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -208,7 +250,7 @@ class VPTTrainer(Trainer):
     def _gathered(self, accuracy: ClassAccuracy, total: float, labels: float) -> dict[str, float]:
         """The figures of all processes together."""
         sums = torch.tensor([total, labels, *accuracy.counts()], dtype=torch.float64)
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 and not self.sharded:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         merged = ClassAccuracy.of_counts(self.classes, [int(n) for n in sums[2:].tolist()])
         return {"loss": float(sums[0] / sums[1].clamp(min=1)), **merged.result()}
@@ -238,19 +280,48 @@ class VPTTrainer(Trainer):
             "cursors": [list(cursor) for cursor in self.cursors.values()],
             "rows": dict(self.rows),
             "tokens": dict(self.tokens),
+            "kinds": dict(self.kinds),
+            "mixture": self.batches.rows.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the counts of an earlier part of the run up."""
+        """Take the counts of an earlier part of the run up; a :class:`UserError` where the rows
+        have changed since."""
+        self.batches.rows.load_state_dict(state.get("mixture", {}))
         self.rows.update(state["rows"])
         self.tokens.update(state["tokens"])
+        self.kinds.update(state.get("kinds", {}))
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Stand where ``checkpoint`` was written, whose steps were all that the run has."""
+        if self.sharded:
+            raise UserError(
+                "all steps of this run are done, and sharded weights are taken up to train only",
+                where=checkpoint,
+                fix="take it up without fsdp and deepspeed",
+            )
+        self._load_from_checkpoint(str(checkpoint))
+        self._load_rng_state(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    def full_state(self) -> dict[str, Any] | None:
+        """All weights, where each process holds a part of them; else None. All must ask."""
+        if not self.sharded:
+            return None
+        state: dict[str, Any] = self.accelerator.get_state_dict(self.model_wrapped)
+        return state
 
     def save_data_state(self, folder: Path) -> None:
-        """Write the data's state beside a checkpoint, in one go."""
-        path = folder / STATE.format(rank=self.args.process_index)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.data_state()), encoding="utf-8")
-        draft.rename(path)
+        """Write the data's state beside a checkpoint: with those of all processes it is whole.
+
+        Older checkpoints go then, and not before.
+        """
+        write_whole(folder / STATE.format(rank=self.args.process_index),
+                    json.dumps(self.data_state()))  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            best = self.state.best_model_checkpoint
+            prune(folder.parent, is_whole, keep=self.keep, spare=[Path(best)] if best else [])
 
 
 class _Steps(TrainerCallback):

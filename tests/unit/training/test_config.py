@@ -45,7 +45,7 @@ def minimal(**more: Any) -> dict[str, Any]:
         ({"stage": "lora"}, "the stage lora and the part lora go together"),
         ({"mask": {"paragraphs": 2, "how": "attention"}}, "attention masks hide the question only"),
         ({"mask": {"ratio": 1.5}}, "mask.ratio: Input should be less than or equal to 1"),
-        ({"data": {"sources": [{}]}}, "a source has a path or scenes"),
+        ({"data": {"sources": [{}]}}, "a source has a path, a dataset or scenes"),
         ({"data": {"sources": []}}, "data.sources"),
     ],
 )  # fmt: skip

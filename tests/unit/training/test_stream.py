@@ -11,12 +11,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from tests.unit.training import world
-from vpt_agent.data import Mixture
+from vpt_agent.data import Mixture, Row
 from vpt_agent.errors import UserError
 from vpt_agent.model.testing import tiny_model
 from vpt_agent.training.config import Source, make_config
 from vpt_agent.training.run import make_collator
-from vpt_agent.training.sources import Placed, RowFile, evaluation_rows, training_rows
+from vpt_agent.training.sources import RowFile, Taken, evaluation_rows, training_rows
 from vpt_agent.training.stream import Batches, Cursor, Fixed, Shape
 
 SHAPE = Shape(rows=2, tokens=None, window=6, seed=5)
@@ -30,7 +30,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stream(file: Path, **options: Any) -> Batches:
     config = world.config(file.parent.parent)
     collator = make_collator(config, tiny_model()[1])
-    rows: Mixture[Placed] = Mixture([(RowFile(Source(path=file)), 1)], seed=3, buffer=9,
+    rows: Mixture[Taken] = Mixture([(RowFile(Source(path=file)), 1)], seed=3, buffer=9,
                                     stop="never")  # fmt: skip
     return Batches(rows, collator, SHAPE, **options)
 
@@ -48,6 +48,16 @@ def test_a_stream_goes_on_with_the_very_next_batch(file: Path, workers: int) -> 
             cursors[batch["cursor"][0]] = Cursor(*batch["cursor"])
         rest = stream(file, cursors=cursors, given=stop)
         assert names(islice(_loader(rest, workers), 14 - stop)) == whole[stop:]
+
+
+def where(row: Taken) -> str:
+    assert isinstance(row, Row)
+    return row.where
+
+
+def pictures(row: Taken) -> Any:
+    assert isinstance(row, Row)
+    return row.pictures
 
 
 def _loader(batches: Batches, workers: int) -> DataLoader[Any]:
@@ -69,8 +79,8 @@ def test_evaluation_rows_come_once(file: Path) -> None:
     assert len(kept) == 4
     mixture, count = training_rows(config.data, seed=0)
     assert count == 20
-    held = {placed.row.where for placed in kept}
-    assert not held & {placed.row.where for placed in islice(mixture, 60)}
+    held = {where(row) for row in kept}
+    assert not held & {where(row) for row in islice(mixture, 60)}
     collator = make_collator(config, tiny_model()[1])
     parts = [names(Fixed(kept, collator, Shape(1, None, 2, 0), rank=r, world=2)) for r in (0, 1)]
     assert sorted(row for part in parts for (row,) in part) == sorted(held)
@@ -121,15 +131,15 @@ def test_paths_are_remapped(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"messages": turns, "images": [p]} for p in paths]))
     rows = RowFile(Source(path=file, remap={"/old": "/new"}), first=1)
-    assert [row.row.pictures["<image>"][0].path for row in rows] == [
+    assert [pictures(row)["<image>"][0].path for row in rows] == [
         "/older/p1.png",  # whole folders only
         str(tmp_path / "p2.png"),
     ]
     assert (
-        RowFile(Source(path=file, remap={"/old": "/new"}))[0].row.pictures["<image>"][0].path
+        pictures(RowFile(Source(path=file, remap={"/old": "/new"}))[0])["<image>"][0].path
         == "/new/p0.png"
     )
-    assert rows[0:2][1].row.where.endswith("row 2")
+    assert where(rows[0:2][1]).endswith("row 2")
 
 
 def test_pictures_of_a_relative_folder_are_found(
@@ -139,14 +149,14 @@ def test_pictures_of_a_relative_folder_are_found(
     monkeypatch.chdir(tmp_path)
     relative = next(Path("below").rglob("*.json"))
     collator = make_collator(world.config(tmp_path), tiny_model()[1])
-    for placed in RowFile(Source(path=relative)):
-        assert collator.item(placed.row, placed.folder) is not None
+    for row in RowFile(Source(path=relative)):
+        assert collator.item(row) is not None
 
 
 def test_a_pass_takes_each_row_once(file: Path) -> None:
     config = world.config(file.parent.parent)
     data = config.data.model_copy(update={"sources": (Source(path=file),), "hold_out": 0})
     mixture, count = training_rows(data, seed=5)
-    taken = [placed.row.where for placed in islice(mixture, 2 * count)]
+    taken = [where(row) for row in islice(mixture, 2 * count)]
     assert len(set(taken[:count])) == len(set(taken[count:])) == count
     assert taken[:count] != taken[count:]

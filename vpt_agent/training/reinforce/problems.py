@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from vpt_agent.data import Mixture, Row, row_views
+from vpt_agent.data import Mixture, Row, RowError, row_views
 from vpt_agent.errors import UserError
-from vpt_agent.tokens.table import IMAGE_TAG, PUBLISHED
+from vpt_agent.tokens.table import IMAGE_TAG, PUBLISHED, PerceptionTable
 from vpt_agent.training.config import Source
 from vpt_agent.training.reinforce.config import ReinforceConfig
-from vpt_agent.training.sources import RowFile
+from vpt_agent.training.sources import RowFile, Wanted
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,31 @@ def problem_of(row: Row, *, folder: Path | str | None = None) -> Problem:
 
 
 class RowProblems(Sequence[Problem]):
-    """The questions of a file of rows; pictures are opened when a problem is taken."""
+    """The questions of a source of rows; pictures are opened when a problem is taken.
 
-    def __init__(self, source: Source) -> None:
-        self._rows = RowFile(source)
+    ``table`` is the model's, so that rows may use its own kinds.
+    """
+
+    def __init__(self, source: Source, *, table: PerceptionTable | None = None) -> None:
+        if source.stream or source.retarget:
+            raise UserError(
+                "questions are taken by number, and as they stand",
+                where="sources",
+                got=f"stream: {source.stream}, retarget: {source.retarget}",
+                fix="leave stream and retarget out",
+            )
+        self._rows = RowFile(source, wanted=Wanted(table=table))
+        self.name = self._rows.name
         if not self._rows:
-            raise UserError("a source has no questions", where=source.path)
+            raise UserError("a source has no questions", where=source.path or self.name)
 
     def __len__(self) -> int:
         """How many there are."""
         return len(self._rows)
+
+    def fingerprint(self) -> str | None:
+        """Changes when the rows do; None where that is not known."""
+        return self._rows.fingerprint()
 
     @overload
     def __getitem__(self, index: int) -> Problem: ...
@@ -75,15 +90,18 @@ class RowProblems(Sequence[Problem]):
         """One problem, or several."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        placed = self._rows[index]
-        return problem_of(placed.row, folder=placed.folder)
+        row = self._rows[index]
+        if isinstance(row, RowError):
+            raise row
+        return problem_of(row)
 
 
-def problems_of(config: ReinforceConfig) -> Mixture[Problem]:
+def problems_of(config: ReinforceConfig, table: PerceptionTable | None = None) -> Mixture[Problem]:
     """The endless stream of a config's questions, in stated shares, shuffled by its seed."""
     if not config.sources:
         raise UserError("there are no questions to ask", where="sources", fix="name a file of rows")
-    return endless([(RowProblems(s), s.weight) for s in config.sources], seed=config.seed)
+    pairs = [(RowProblems(source, table=table), source.weight) for source in config.sources]
+    return endless(pairs, seed=config.seed)
 
 
 def endless(
@@ -96,7 +114,7 @@ def endless(
 
 def at_step(stream: Mixture[Problem], step: int, count: int) -> list[Problem]:
     """The ``count`` problems of step ``step`` (from 0): the same for the same stream."""
-    stream.load_state_dict(stream.state_dict(position=step * count))
+    stream.seek(step * count)
     taken = []
     for problem in stream:
         taken.append(problem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ import torch
 from vpt_agent.agent import PerceptionAgent
 from vpt_agent.config import shipped_model
 from vpt_agent.data import Mixture, RowEncoder
-from vpt_agent.errors import UserError
 from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
 from vpt_agent.training.collate import Collator
+from vpt_agent.training.config import Source
+from vpt_agent.training.folder import FINAL, drafted, open_run, prune, step_of
 from vpt_agent.training.freeze import freeze
 from vpt_agent.training.logs import MetricsFile
 from vpt_agent.training.reinforce.config import ReinforceConfig
@@ -28,8 +28,8 @@ from vpt_agent.training.reinforce.rewards import Reward, total_of
 from vpt_agent.training.reinforce.rollouts import figures, roll
 from vpt_agent.training.reinforce.scoring import Scorer
 
-FINAL, STATE, OPTIMIZER = "final", "reinforce.json", "optimizer.safetensors"
-_FREE = ("out", "steps", "batch", "save_every", "keep", "device")
+STATE, OPTIMIZER = "reinforce.json", "optimizer.safetensors"
+FREE = ("out", "steps", "batch", "save_every", "keep", "device")
 """What may change between a run and its resume."""
 
 Say = Callable[[str], None]
@@ -51,22 +51,29 @@ def reinforce(
     problems: Mixture[Problem] | None = None,
     reward: Reward | None = None,
     say: Say = lambda _: None,
+    draw: Callable[[Source], Source] | None = None,
 ) -> Reinforced:
     """Run the stage as ``config`` says; the result lies in ``config.out / "final"``.
 
     ``problems`` stand in for the config's sources, ``reward`` for its rewards. ``resume`` goes on
-    from the newest checkpoint, to the same weights as if the run had not been stopped. A finished
-    checkpoint, or a run begun and not resumed, is never overwritten: a :class:`UserError`.
+    from the newest checkpoint, to the same weights as if the run had not been stopped, provided
+    that the config and the questions are the same. A finished checkpoint, or a run begun and not
+    resumed, is never overwritten: a :class:`UserError`. ``draw`` makes files of sources that are
+    scenes.
     """
-    latest = _prepare(config, resume=resume)
-    stream = problems_of(config) if problems is None else problems
+    latest = open_run(config, resume=resume, whole=_is_whole, free=FREE, say=say)
     worth = total_of(config.rewards) if reward is None else reward
+    if draw is not None:
+        config = config.model_copy(update={"sources": tuple(map(draw, config.sources))})
     say(f"loading {config.model}")
     stage = _Stage.load(config, latest)
+    stream = problems_of(config, stage.model.table.table) if problems is None else problems
     metrics = MetricsFile(config.out)
     first = 0
     if latest is not None:
-        first = int(latest.name.split("-")[1])
+        first = step_of(latest)
+        state = json.loads((latest / STATE).read_text(encoding="utf-8"))
+        stream.load_state_dict(state.get("problems", {}))
         metrics.resume(first)
     told: dict[str, Any] = {}
     for step in range(first + 1, config.steps + 1):
@@ -77,10 +84,10 @@ def reinforce(
         metrics.write(told)
         say(_line(told))
         if step % config.save_every == 0 and step < config.steps:
-            stage.save(config.out / f"checkpoint-{step}", step)
-            _prune(config)
+            stage.save(config.out / f"checkpoint-{step}", step, problems=stream.state_dict())
+            prune(config.out, _is_whole, keep=config.keep)
     final = config.out / FINAL
-    stage.save(final, config.steps, resumable=False)
+    stage.save(final, config.steps)
     plot_reinforcement(config.out)
     return Reinforced(final, config.steps, told)
 
@@ -141,17 +148,23 @@ class _Stage:
             "learn_seconds": ended - rolled,
         }
 
-    def save(self, folder: Path, step: int, *, resumable: bool = True) -> None:
-        """Write a checkpoint: all files, then its name, so that half of one is none."""
-        draft = folder.with_name(f"{folder.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        self.model.save_pretrained(draft)
-        self.processor.save_pretrained(draft)
-        if resumable:
-            self.learner.save(draft / OPTIMIZER)
-        about = {"step": step, "config": self.config.model_dump(mode="json")}
-        (draft / STATE).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        draft.rename(folder)
+    def save(self, folder: Path, step: int, *, problems: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint: all files, then its name, so that half of one is none.
+
+        With ``problems`` (what is known of the stream of them) it can be gone on with.
+        """
+        about: dict[str, Any] = {"step": step, "config": self.config.model_dump(mode="json")}
+        with drafted(folder) as draft:
+            self.model.save_pretrained(draft)
+            self.processor.save_pretrained(draft)
+            if problems is not None:
+                about["problems"] = dict(problems)
+                self.learner.save(draft / OPTIMIZER)
+            (draft / STATE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / STATE).is_file()
 
 
 def _lists(
@@ -164,62 +177,6 @@ def _lists(
     rows = [row.kind for row in model.table.rows if row.kind.projector is not None]
     towers = [f"{kind.config_prefix}_model" for kind in rows if kind.encoder != "base"]
     return {"trainable": None, "frozen": ["visual", *towers]}
-
-
-# --- the folder -----------------------------------------------------------------------------------
-
-
-def _checkpoints(config: ReinforceConfig) -> list[Path]:
-    found = [p.parent for p in config.out.glob(f"checkpoint-*/{STATE}")]
-    whole = [p for p in found if p.name.split("-")[1].isdigit()]  # and no draft
-    return sorted(whole, key=lambda p: int(p.name.split("-")[1]))
-
-
-def _prune(config: ReinforceConfig) -> None:
-    for old in _checkpoints(config)[: -config.keep]:
-        shutil.rmtree(old)
-
-
-def _prepare(config: ReinforceConfig, *, resume: bool) -> Path | None:
-    """Check and make ``out``; the checkpoint to go on from, if any."""
-    if (config.out / FINAL).exists():
-        raise UserError(
-            "a finished checkpoint is never overwritten",
-            where=config.out / FINAL,
-            fix="choose another out (--set out=DIR), or move the folder away",
-        )
-    found = _checkpoints(config)
-    if resume:
-        if not found:
-            raise UserError(
-                "there is nothing to resume: no complete checkpoint",
-                where=config.out,
-                fix="start without --resume",
-            )
-        _same(json.loads((found[-1] / STATE).read_text(encoding="utf-8"))["config"], config)
-        return found[-1]
-    if found:
-        raise UserError(
-            "this folder holds a run that was begun",
-            where=config.out,
-            fix="go on with --resume, or choose another out",
-        )
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "metrics.jsonl").unlink(missing_ok=True)  # of a run without a checkpoint
-    (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    return None
-
-
-def _same(was: Mapping[str, Any], config: ReinforceConfig) -> None:
-    now = config.model_dump(mode="json")
-    changed = [key for key in now if key not in _FREE and now[key] != was.get(key)]
-    if changed:
-        raise UserError(
-            "a run goes on with the config it began with",
-            where=config.out,
-            got=", ".join(f"{key}: {now[key]}" for key in changed),
-            expected=", ".join(f"{key}: {was.get(key)}" for key in changed),
-        )
 
 
 def _line(told: Mapping[str, Any]) -> str:
