@@ -60,11 +60,18 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
         values["gradient_checkpointing"] = True
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
-        return TrainingArguments(**(values | config.trainer))
+        made = TrainingArguments(**(values | config.trainer))
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(
             "transformers refuses these arguments", where="trainer", got=str(error)
         ) from error
+    if made.n_gpu > 1:  # transformers would copy the model to each, and cut our batches to pieces
+        raise UserError(
+            "one process trains on one GPU",
+            got=f"{made.n_gpu} GPUs",
+            fix="start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES=0",
+        )
+    return made
 
 
 def _has(package: str) -> bool:
