@@ -1,0 +1,226 @@
+"""The second version without perception tokens: what the same model learns that never looks again.
+
+``python -m vpt_agent.nano.second_baseline --view global|large --out DIR [--minutes M] [--steps N]``
+
+Begins with what the stage ``talk`` begins with, and takes the same questions about the same pool in
+the same shares, rows and steps; but every answer follows its question at once. ``global`` sees the
+first look of 224 pixels. ``large`` sees the whole picture at 504 pixels instead, 312 visual tokens
+on average: as many as first look and re-encoding together (317 with dino or sam, 373 with clip, 119
+with a region), and large enough for the marks. Both have the tower's dense labels and are shown
+where to look, as the model with tokens is. The checkpoint in ``DIR/baseline-VIEW/checkpoint`` is
+asked with ``tool_choice="none"`` (`benchmarks/perception.py --baseline`); its kinds are untrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from vpt_agent.nano.batches import Labels, _Images, asked_tags, collate, token_grid, whole_labels
+from vpt_agent.nano.conversation import Encoded
+from vpt_agent.nano.domain.sight import AGAIN
+from vpt_agent.nano.domain.table import TABLE
+from vpt_agent.nano.pool import Pixels, TagRecord
+from vpt_agent.nano.second.batches import Batch, SecondBatches
+from vpt_agent.nano.second.labels import again_labels, in_block_order, spots
+from vpt_agent.nano.second.model import Second
+from vpt_agent.nano.second.pool import AskedRecord, DomainPool, DomainRecord
+from vpt_agent.nano.second.text import END, SecondEncoder, opening, second_tokenizer
+from vpt_agent.nano.second.train import (
+    STAGES,
+    WEIGHTS,
+    _arguments,
+    _SecondTrainer,
+    load_second,
+)
+from vpt_agent.nano.ship import image_policy
+from vpt_agent.nano.train import _Progress
+
+View = Literal["global", "large"]
+LARGE: Final = "clip"
+"""The large view is what this kind's second look shows: the pool holds it."""
+# What each kind of batch of the stage talk asks.
+_GROUPS: Final = {"clip": "reencode", "dino": "reencode", "sam": "reencode", "read": "region"}
+_EACH: Final = 4
+"""Questions that share one view, at most: as in the stage talk."""
+
+
+class BaselineBatches(SecondBatches):
+    """The stage talk's questions with direct answers; batch i depends only on the pool and i."""
+
+    def __init__(
+        self, view: View, pool: Path, encoder: SecondEncoder, size: int = 16, start: int = 0
+    ) -> None:
+        super().__init__("talk", pool, encoder, size, start)
+        self.view = view
+
+    def batch(self, pool: DomainPool, number: int) -> Batch:
+        """The batch of a number: the stage's groups of questions in turn."""
+        rng = random.Random(f"second-baseline-{number}")
+        kind = self.plan[number % len(self.plan)]
+        group = _GROUPS.get(kind, kind)
+        images, items, cells = _Images(), list[tuple[Encoded, list[int]]](), list[Labels]()
+        rows: list[tuple[DomainRecord, Pixels, AskedRecord]] = []
+        while len(items) < self.size:
+            shard, record = rng.choice(pool.records)
+            asked = self._questions(record, group, rng, any_tag=kind == "read")
+            if not asked:
+                continue
+            large = self.view == "large"
+            view = pool.view(shard, record.again[LARGE] if large else record.scene.whole)
+            place = images.add(view, whole=whole_labels(view, record.scene))
+            cells.append(in_block_order(again_labels(record, LARGE, *view.shape[:2])))
+            for question in asked:
+                pieces = [(opening(question.question), False), (question.answer + END, True)]
+                items.append((self.encoder.encode_again(pieces, [token_grid(view)], 0), [place]))
+                rows.append((record, view, question))
+        batch: Batch = collate(images, items, self.pad) | images.labels()
+        batch |= {"name": group, "first_reply": torch.zeros_like(batch["labels"][:, 1:]).bool()}
+        if self.view == "large":
+            order = np.concatenate([cells[i] for i in images.order()])
+            batch |= {"kind": LARGE, "again_labels": torch.from_numpy(order),
+                      "again_patches": torch.arange(len(batch["patches"]))}  # fmt: skip
+        return batch | self._shown(batch, group, rows)
+
+    def _questions(
+        self, record: DomainRecord, group: str, rng: random.Random, *, any_tag: bool
+    ) -> list[AskedRecord]:
+        if not any_tag:
+            found = self._asked(record, group)
+            return rng.sample(found, min(_EACH, len(found)))
+        tags = record.scene.tags
+        return [
+            AskedRecord("region", tags[i].question, tags[i].answer, [], [i])
+            for i in rng.sample(range(len(tags)), min(_EACH, len(tags)))
+        ]
+
+    def _shown(
+        self,
+        batch: Batch,
+        group: str,
+        rows: Sequence[tuple[DomainRecord, Pixels, AskedRecord]],
+    ) -> Batch:
+        """Where each answer is to look: at the tag it reads, or at marks that can be seen."""
+        if group == "region":
+            reading: list[tuple[TagRecord, DomainRecord, Pixels]] = [
+                (record.scene.tags[asked.reads[0]], record, view) for record, view, asked in rows
+            ]
+            found = asked_tags(
+                batch, [(tag, record.scene, view) for tag, record, view in reading], self.encoder
+            )
+            return {key: found[key] for key in ("spot", "asking")}
+        if group != "reencode" or self.view != "large":
+            return {}
+        ids = batch["input_ids"]
+        spot, asking = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
+        for row, (record, view, asked) in enumerate(rows):
+            marks = torch.from_numpy(spots(record, LARGE, view, asked.tags)).bool()
+            spot[row, ids[row] == self.encoder.image] = marks
+            if marks.any():
+                learnt = (batch["labels"][row] != -100).nonzero()[:, 0]
+                asking[row, int(learnt[0]) - 1] = True
+        return {"spot_again": spot, "asking_again": asking}
+
+
+class _BaselineTrainer(_SecondTrainer):
+    """Loads a checkpoint by itself: Trainer warns of the tied embedding that is saved once, and
+    fails at that for a module that is not its own."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        source = Path(resume_from_checkpoint) / "model.safetensors"
+        core: Any = self.model if model is None else model
+        core.load_weights(load_file(source), where=source)
+
+
+def visual_tokens(pool: DomainPool, view: View) -> float:
+    """Visual tokens of a view, on average over a pool."""
+    places = [r.again[LARGE] if view == "large" else r.scene.whole for _, r in pool.records]
+    return sum(h * w for _, h, w in places) / len(places) / 28**2
+
+
+def train_baseline(
+    view: View,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    size: int = 16,
+) -> Path:
+    """Train a baseline from the scenes in ``out/pool`` and what the stage see left in ``out``;
+    gives the checkpoint's folder.
+
+    ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
+    schedule's length, that of the stage talk.
+    """
+    config = STAGES["talk"]
+    directory = out / f"baseline-{view}"
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    last = get_last_checkpoint(str(directory)) if resume else None
+    model = load_second(out, "talk")
+    done = int(last.rsplit("-", 1)[1]) if last else 0
+    encoder = SecondEncoder(second_tokenizer())
+    data = BaselineBatches(view, out / "pool", encoder, size, done)
+
+    def export() -> None:
+        save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / WEIGHTS)
+
+    trainer = _BaselineTrainer(
+        model=model,
+        args=_arguments(directory, config, steps or config.steps),
+        train_dataset=data,
+        data_collator=lambda items: items[0],
+        callbacks=[_Progress(directory, minutes, size, export)],
+    )
+    trainer.found = {}
+    trainer.train(resume_from_checkpoint=last)
+    export()
+    return save_baseline(model, view, directory / "checkpoint")
+
+
+def save_baseline(model: Second, view: View, target: Path) -> Path:
+    """Write the model as a checkpoint of the library's that sees the baseline's view."""
+    images = image_policy() | ({"longest": AGAIN[LARGE]} if view == "large" else {})
+    perception = dict(model.vpt.config.perception)
+    perception |= {"images": images, "untrained": [kind.name for kind in TABLE.kinds]}
+    model.vpt.config.perception = perception
+    model.vpt.save_pretrained(target)
+    second_tokenizer().save_pretrained(target)
+    return target
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="vpt_agent.nano.second_baseline", description=__doc__)
+    parser.add_argument("--view", required=True, choices=get_args(View))
+    parser.add_argument("--out", required=True, type=Path, help="the recipe's work folder")
+    parser.add_argument("--minutes", type=float, help="stop early and write a checkpoint")
+    parser.add_argument("--steps", type=int, help="length of the schedule; default: that of talk")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", type=int, default=16, help="rows of a batch")
+    options = parser.parse_args(arguments)
+    path = train_baseline(
+        options.view,
+        options.out,
+        minutes=options.minutes,
+        steps=options.steps,
+        resume=options.resume,
+        threads=options.threads,
+        size=options.size,
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
