@@ -23,23 +23,25 @@ from vpt_agent.nano.domain.sight import AGAIN, again_view, global_view, place_in
 
 FIRST_SEED = 20_000_000
 HALF = 4
+HALF_AGAIN = 6
 Floats = NDArray[np.float32]
 
 
 def mark_patches(scene: DomainScene, kind: str) -> list[tuple[str, Floats]]:
-    """Every mark and the 9 x 9 pixels around its middle in a kind's view, as (3 * 81 + 2) values.
+    """Every mark and the 9 x 9 pixels around its middle in the first look, 13 x 13 in larger views.
 
-    The last two say where in its pixel the middle lies.
+    As flat values; the last two say where in its pixel the middle lies.
     """
+    half = HALF if kind == "global" else HALF_AGAIN
     view = global_view(scene.image) if kind == "global" else again_view(scene.image, kind)
-    pixels = np.pad(np.asarray(view), ((HALF, HALF), (HALF, HALF), (0, 0)), mode="edge")
+    pixels = np.pad(np.asarray(view), ((half, half), (half, half), (0, 0)), mode="edge")
     found = []
     for tag in scene.tags:
         if tag.mark is None or tag.mark_box is None:
             continue
         left, top, right, bottom = tag.mark_box
         x, y = place_in(kind, scene.size, (left + right) / 2, (top + bottom) / 2)
-        cut = pixels[int(y) : int(y) + 2 * HALF + 1, int(x) : int(x) + 2 * HALF + 1]
+        cut = pixels[int(y) : int(y) + 2 * half + 1, int(x) : int(x) + 2 * half + 1]
         values = (cut.astype(np.float32) / 127.5 - 1).ravel()
         found.append((tag.mark, np.append(values, [x % 1, y % 1]).astype(np.float32)))
     return found

@@ -1,75 +1,90 @@
-"""Small marks on stickers: alike when they are 2 pixels wide, easy to tell apart at 4.
+"""Hatched stickers: one grey in the first look, upright, level or checked when seen larger.
 
-All marks are arms around a middle, as long as each other and with the same ink at every distance
-from the middle. What differs is only how the arms stand around it (four straight, four aslant,
-five), which is the first thing that a small picture loses: dots, rings and bars of that size can
-be told apart in the first look by their darkness and breadth.
+All patterns have half ink, half paper, the same period along both axes, and fade towards the rim.
+A period is little more than one pixel of the first look, where resizing leaves an even grey of each
+pattern; blotches as large as its pixels cover the little that it does not take away. Arms of small stars and
+crosses, which were tried first, ended in the first look, too, but are much harder to learn for an
+encoder that cuts its view into patches: a hatching has no place within its patch that matters.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from PIL import Image, ImageDraw
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-# Arms of each mark, and where the first one points, in degrees from straight up.
-_ARMS: Final = {"plus": (4, 0.0), "cross": (4, 45.0), "star": (5, 0.0)}
-MARKS: Final = tuple(_ARMS)
+MARKS: Final = ("fence", "ladder", "net")
+"""Upright bars, level bars, checks."""
 
-GLOBAL_LEAST: Final = 1.75
-GLOBAL_MOST: Final = 1.95
-"""Marks are at most so broad (tip to tip) in pixels of the first look."""
-AGAIN_LEAST: Final = 3.5
-"""Marks are at least so broad in pixels of every re-encoding view."""
+GLOBAL_LEAST: Final = 5.0
+GLOBAL_MOST: Final = 5.6
+"""Breadth of a sticker in pixels of the first look."""
+GLOBAL_PERIOD: Final = 1.2
+"""A period (a bar and a gap) in pixels of the first look; two are what pixels can show."""
+AGAIN_PERIOD: Final = 2.6
+"""A period is at least so long in pixels of every re-encoding view."""
 
-# In shares of the breadth: all the arms' widths together, and the sticker.
-_INK: Final = 0.9
-_STICKER: Final = 1.7
-_FINE: Final = 8
+# Deviation of the noise of each pixel, and of that of each pixel of the first look.
+_GRAIN: Final = 30.0
+_BLOTCHES: Final = 22.0
+# The middle of a sticker, as a share of its breadth, has the whole contrast.
+_FULL: Final = 0.55
+_FINE: Final = 4
 
 
 @dataclass(frozen=True)
 class Sticker:
-    """A drawn mark on its sticker (RGBA) and the mark's breadth from tip to tip in pixels."""
+    """A round sticker with its pattern (RGBA) and its breadth in pixels."""
 
     image: Image.Image
     extent: float
 
 
-def _mask(mark: str, extent: float, side: int) -> Image.Image:
-    """The mark's ink in the middle of a square of ``side`` pixels."""
-    fine = Image.new("L", (side * _FINE, side * _FINE), 0)
-    draw = ImageDraw.Draw(fine)
-    middle, length = side * _FINE / 2, extent * _FINE / 2
-    arms, first = _ARMS[mark]
-    half = _INK * extent * _FINE / arms / 2
-    for arm in range(arms):
-        angle = math.radians(first + 360 / arms * arm)
-        x, y = math.sin(angle), -math.cos(angle)
-        corners = [(0, -half), (length, -half), (length, half), (0, half)]
-        draw.polygon(
-            [
-                (middle + along * x - off * y, middle + along * y + off * x)
-                for along, off in corners
-            ],
-            fill=255,
-        )
-    return fine.reduce(_FINE)
+def _bars(mark: str, period: float, phase: tuple[float, float], side: int) -> NDArray[Any]:
+    """(side, side) from -1, paper, to 1, ink; half each."""
+    at = (np.arange(side * _FINE) + 0.5) / _FINE
+    across, down = (np.where((at / period + own) % 1 < 0.5, 1.0, -1.0) for own in phase)
+    whole = {
+        "fence": np.broadcast_to(across[None, :], (len(at), len(at))),
+        "ladder": np.broadcast_to(down[:, None], (len(at), len(at))),
+        "net": across[None, :] * down[:, None],
+    }[mark]
+    blocks: NDArray[Any] = whole.reshape(side, _FINE, side, _FINE).mean((1, 3))
+    return blocks
 
 
-def draw_sticker(rng: random.Random, mark: str, extent: float) -> Sticker:
-    """A mark of ``extent`` pixels on a round sticker, dark on light or light on dark."""
-    side = int(extent * _STICKER + 0.5) + 2
-    dark = tuple(rng.randint(0, 45) for _ in range(3))
-    light = tuple(rng.randint(215, 255) for _ in range(3))
-    paper, ink = (light, dark) if rng.random() < 0.5 else (dark, light)
-    fine = Image.new("L", (side * _FINE, side * _FINE), 0)
-    rim = _FINE
-    ImageDraw.Draw(fine).ellipse((rim, rim, side * _FINE - rim, side * _FINE - rim), fill=255)
-    image = Image.new("RGB", (side, side), paper)
-    image.paste(Image.new("RGB", (side, side), ink), (0, 0), _mask(mark, extent, side))
-    image.putalpha(fine.reduce(_FINE))
+def _noise(rng: random.Random, side: int) -> NDArray[Any]:
+    own = np.random.default_rng(rng.getrandbits(32))
+    coarse = own.normal(0, _BLOTCHES, (round(GLOBAL_MOST), round(GLOBAL_MOST)))
+    image = Image.fromarray(coarse.astype(np.float32), "F")
+    smooth = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
+    blotches: NDArray[Any] = smooth + own.normal(0, _GRAIN, (side, side))
+    return blotches
+
+
+def draw_sticker(
+    rng: random.Random, mark: str, extent: float, *, period: float | None = None
+) -> Sticker:
+    """A pattern on a round sticker of ``extent`` pixels, at any phase.
+
+    ``period`` is in pixels; by default that of a sticker of this breadth in a scene.
+    """
+    if period is None:
+        period = extent * GLOBAL_PERIOD / ((GLOBAL_LEAST + GLOBAL_MOST) / 2)
+    side = int(extent) + 2
+    dark, light = rng.randint(0, 45), rng.randint(205, 250)
+    bars = _bars(mark, period, (rng.random(), rng.random()), side)
+    off = np.arange(side) + 0.5 - side / 2
+    distance = np.hypot(off[None, :], off[:, None]) * 2 / extent
+    fade = np.cos(np.clip((distance - _FULL) / (1 - _FULL), 0, 1) * np.pi / 2) ** 2
+    noise = _noise(rng, side)
+    grey = (dark + light) / 2 - (light - dark) / 2 * bars * fade
+    pixels = np.zeros((side, side, 4))
+    pixels[..., :3] = (grey + noise)[..., None]
+    pixels[..., 3] = np.clip((1 - distance) * extent / 2 + 0.5, 0, 1) * 255
+    image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8), "RGBA")
     return Sticker(image, extent)

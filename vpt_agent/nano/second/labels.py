@@ -20,7 +20,7 @@ TOKEN: Final = {"clip": 2 * PATCH, "dino": 2 * PATCH, "sam": 32}
 _MARK: Final = {name: i + 1 for i, name in enumerate(MARKS)}
 _COLOUR: Final = {name: i + 1 for i, name in enumerate(COLOURS)}
 _SHAPE: Final = {name: i + 1 for i, name in enumerate(SHAPES)}
-REACH: Final = 4.5
+REACH: Final = 8.0
 """A sticker reaches so far from its middle, in pixels of every re-encoding view."""
 
 

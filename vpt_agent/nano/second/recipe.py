@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=100, help="pool size in forties of scenes")
     parser.add_argument("--size", type=int, default=16, help="rows or pictures of a batch")
     parser.add_argument("--plan", help="kinds of batches in turn, with commas; for trials")
-    parser.add_argument("--tower", type=Path, help="first version's checkpoint, for see")
+    parser.add_argument("--rate", type=float, help="peak learning rate of the stage")
+    parser.add_argument("--first", type=Path, help="first version's checkpoint, for see")
+    parser.add_argument("--only", choices=("clip", "dino", "sam"), help="one encoder, for see")
     options = parser.parse_args(arguments)
     if options.stage == "pool":
         from vpt_agent.nano.second.pool import draw_domain_pool
@@ -45,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         threads=options.threads,
         size=options.size,
         plan=options.plan.split(",") if options.plan else None,
-        tower=options.tower,
+        first=options.first,
+        only=options.only,
+        rate=options.rate,
     )
 
 

@@ -15,16 +15,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vpt_agent.nano.batches import Labels
-from vpt_agent.nano.domain.marks import GLOBAL_LEAST, GLOBAL_MOST, MARKS, draw_sticker
+from vpt_agent.nano.domain.marks import (
+    GLOBAL_LEAST,
+    GLOBAL_MOST,
+    GLOBAL_PERIOD,
+    MARKS,
+    draw_sticker,
+)
 from vpt_agent.nano.domain.sight import AGAIN, Pixels
 from vpt_agent.nano.second.labels import CELL, REACH
 from vpt_agent.nano.views import GLOBAL_LONGEST
 
-# Half of the stickers are up to so many times as large as in the scenes.
-LARGEST: Final = 3.0
+# Half of the stickers are up to so many times as large as in the scenes, with as many more bars.
+LARGEST: Final = 2.5
 # How many pixels of a scene become one of a re-encoding view.
 _FINER: Final = (1.3, 2.7)
-# Breadth of a mark in the view, for each in the first look: in square pictures, the half of all,
+# Breadth of a sticker in the view, for each in the first look: in square pictures, the half of all,
 # and at the other end in others. Dino's view is of the shorter side.
 _SCALE: Final = {
     "clip": (AGAIN["clip"] / GLOBAL_LONGEST, 0.93 * AGAIN["clip"] / GLOBAL_LONGEST),
@@ -64,7 +70,8 @@ class Stickers:
         square, other = _SCALE[self.kind]
         extent = rng.uniform(GLOBAL_LEAST, GLOBAL_MOST) * zoom
         extent *= square if rng.random() < 0.5 else rng.uniform(square, other)
-        sticker = draw_sticker(rng, MARKS[mark], extent * finer).image
+        period = extent / zoom * GLOBAL_PERIOD / ((GLOBAL_LEAST + GLOBAL_MOST) / 2)
+        sticker = draw_sticker(rng, MARKS[mark], extent * finer, period=period * finer).image
         side = math.ceil(sticker.width / finer) + 2
         canvas = Image.new("RGBA", (round(side * finer), round(side * finer)))
         # Colour without cover, or resizing would mix black into the rim.

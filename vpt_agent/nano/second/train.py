@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +38,13 @@ STAGES: Final[dict[Stage, StageConfig]] = {
 }
 
 
+ONLY: Final[dict[str, tuple[str, ...]]] = {
+    "clip": ("clip", "clip", "chars"),
+    "dino": ("dino",),
+    "sam": ("sam",),
+}
+
+
 class _SecondTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose model computes its own loss from a whole batch."""
 
@@ -67,40 +74,74 @@ class _SecondTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
 
-def load_second(out: Path, stage: Stage, tower: Path | None = None) -> Second:
+def load_second(out: Path, stage: Stage, first: Path | None = None) -> Second:
     """The model that a stage begins with: fresh, or what the stage before it has learnt.
 
-    ``tower`` is a checkpoint of the first version, whose vision tower the first stage goes on from.
+    ``first`` is a checkpoint of the first version, from which the first stage goes on. Where the
+    stage ``see`` ran for each encoder by itself, every encoder comes from its own run.
     """
     torch.manual_seed(SEED)
     model = Second(build_second(second_tokenizer()))
     if stage == "see":
-        if tower is not None:
-            _take_tower(model, tower / "model.safetensors")
+        if first is not None:
+            take_first(model, first)
         return model
-    source = out / "see" / WEIGHTS
-    if not source.is_file():
-        raise CheckpointError(
-            "the stage before this one has left nothing",
-            where=source,
-            fix="run the stage see into the same folder first",
-        )
-    model.load_weights(load_file(source), where=source)
+    sources = [out / "see" / WEIGHTS]
+    if not sources[0].is_file():
+        sources = [out / f"see-{kind}" / WEIGHTS for kind in ("clip", *_OWN)]
+    for source in sources:
+        if not source.is_file():
+            raise CheckpointError(
+                "the stage before this one has left nothing",
+                where=source,
+                fix="run the stage see into the same folder first",
+            )
+    state = load_file(sources[0])
+    for kind, source in zip(_OWN, sources[1:], strict=False):
+        own = load_file(source)
+        state |= {k: v for k, v in own.items() if k.startswith(_OWN[kind])}
+    model.load_weights(state, where=out)
     return model
 
 
-def _take_tower(model: Second, source: Path) -> None:
-    if not source.is_file():
+# What a run of the stage see for one encoder learns.
+_OWN: Final = {
+    "dino": ("vpt.detection_model.", "marks.dino."),
+    "sam": ("vpt.seg_model.", "marks.sam."),
+}
+
+
+def take_first(model: Second, source: Path) -> None:
+    """Go on from the first version: its tower and language model, its words' embeddings.
+
+    A token that it did not have begins as the mean of those that it would have been cut into.
+    """
+    from transformers import Qwen2TokenizerFast
+
+    if not (source / "model.safetensors").is_file():
         raise CheckpointError("there is no such checkpoint", where=source)
-    state = load_file(source)
-    own = {k.split("visual.", 1)[1]: v.float() for k, v in state.items() if "visual." in k}
-    missing, unexpected = model.vpt.visual.load_state_dict(own, strict=False)
-    if missing or unexpected:
+    state = load_file(source / "model.safetensors")
+    own = {
+        f"vpt.{k}": v.float()
+        for k, v in state.items()
+        if k.startswith(("visual.", "model.")) and k != _EMBEDDINGS
+    }
+    _, unexpected = model.load_state_dict(own, strict=False)
+    if unexpected or not own:
         raise CheckpointError(
-            "this checkpoint has another vision tower",
-            where=source,
-            got=[*missing, *unexpected][:10],
+            "this is no checkpoint of the first version", where=source, got=unexpected[:10]
         )
+    old, new = Qwen2TokenizerFast.from_pretrained(source), second_tokenizer()
+    before, known = state[_EMBEDDINGS].float(), old.get_vocab()
+    table = model.vpt.model.embed_tokens.weight.data
+    for token, number in new.get_vocab().items():
+        pieces = [known[token]] if token in known else old(
+            new.convert_tokens_to_string([token]), add_special_tokens=False
+        ).input_ids  # fmt: skip
+        table[number] = before[pieces].mean(0)
+
+
+_EMBEDDINGS: Final = "model.embed_tokens.weight"
 
 
 def _arguments(directory: Path, config: StageConfig, steps: int) -> TrainingArguments:
@@ -139,19 +180,24 @@ def train_second(
     threads: int = 2,
     size: int = 16,
     plan: Sequence[str] | None = None,
-    tower: Path | None = None,
+    first: Path | None = None,
+    only: str | None = None,
+    rate: float | None = None,
 ) -> Path:
     """Train a stage into ``out/STAGE`` from the scenes in ``out/pool``; gives the weights' file.
 
     ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
-    schedule's length; ``plan`` replaces the kinds of batches in turn.
+    schedule's length, ``rate`` its peak; ``plan`` replaces the kinds of batches in turn. ``only`` runs the stage see
+    for one encoder, into ``out/see-KIND``: they share nothing, so they can run side by side.
     """
     config = STAGES[stage]
-    directory = out / stage
+    config = replace(config, rate=rate or config.rate)
+    directory = out / (f"{stage}-{only}" if only else stage)
+    plan = plan or (ONLY[only] if only else None)
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     last = get_last_checkpoint(str(directory)) if resume else None
-    model = load_second(out, stage, tower)
+    model = load_second(out, stage, first)
     done = int(last.rsplit("-", 1)[1]) if last else 0
     arguments = _arguments(directory, config, steps or config.steps)
     data = SecondBatches(stage, out / "pool", SecondEncoder(second_tokenizer()), size, done, plan)
