@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 
 import numpy as np
@@ -25,7 +26,13 @@ from vpt_agent.nano.domain import (
 )
 from vpt_agent.nano.domain.ask import FAR_APART
 from vpt_agent.nano.domain.check import mark_patches
-from vpt_agent.nano.domain.marks import AGAIN_LEAST, GLOBAL_MOST
+from vpt_agent.nano.domain.marks import (
+    AGAIN_PERIOD,
+    GLOBAL_LONGEST_PERIOD,
+    GLOBAL_MOST,
+    draw_sticker,
+    period_of,
+)
 from vpt_agent.nano.scene import make_scene
 
 SEEDS = range(14)
@@ -79,7 +86,7 @@ def test_scenes_are_the_first_versions_with_marks(scenes: list[DomainScene]) -> 
 
 
 def test_marks_are_too_small_first_and_large_enough_again(scenes: list[DomainScene]) -> None:
-    """At most 1.95 pixels in the first look, at least 3.5 in each re-encoding view, and inside."""
+    """A period is at most 1.3 pixels in the first look, at least 2.4 in each other, and inside."""
     seen = 0
     for scene in scenes:
         for tag in scene.tags:
@@ -88,10 +95,12 @@ def test_marks_are_too_small_first_and_large_enough_again(scenes: list[DomainSce
             seen += 1
             left, top, right, bottom = tag.mark_box
             sx, sy = scale_of("global", scene.size)
-            assert max((right - left) * sx, (bottom - top) * sy) <= GLOBAL_MOST
+            assert max((right - left) * sx, (bottom - top) * sy) <= GLOBAL_MOST + 1e-6
+            period = period_of(right - left)
+            assert period * max(sx, sy) <= GLOBAL_LONGEST_PERIOD
             for kind in AGAIN:
                 sx, sy = scale_of(kind, scene.size)
-                assert min((right - left) * sx, (bottom - top) * sy) >= AGAIN_LEAST
+                assert period * min(sx, sy) >= AGAIN_PERIOD
                 window = window_of(kind, scene.size)
                 assert window[0] <= left
                 assert right <= window[2]
@@ -115,10 +124,12 @@ def _readable(kind: str) -> float:
     data: list[tuple[str, np.ndarray]] = []
     for seed in range(40):
         for mark, values in mark_patches(make_domain_scene(seed, size=(672, 672)), kind):
-            grey = values[:-2].reshape(9, 9, 3).mean(-1)[1:-1, 1:-1]
-            grey = (grey - grey.mean()) / grey.std()
-            # Mirrored a mark is the same mark, and so is a light one on dark.
-            data.append((mark, (grey + grey[:, ::-1]).ravel() * np.sign(grey[3, 3])))
+            side = round((len(values) // 3) ** 0.5)
+            grey = values[:-2].reshape(side, side, 3).mean(-1)
+            inner = grey[side // 2 - 2 : side // 2 + 3, side // 2 - 2 : side // 2 + 3]
+            # Bars change along one axis, checks along both.
+            change = [float((np.diff(inner, axis=axis) ** 2).mean()) for axis in (0, 1)]
+            data.append((mark, np.array(change) / sum(change)))
     learnt, tried = data[::2], data[1::2]
     centres = {m: np.mean([p for own, p in learnt if own == m], axis=0) for m in MARKS}
     right = [
@@ -240,3 +251,17 @@ def test_types_by_name_and_group() -> None:
         types_of(["regoin"])
     with pytest.raises(UserError, match="nothing looks at whole pictures under this name"):
         scale_of("yolo", (700, 700))
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_patterns_end_in_the_same_grey(mark: str) -> None:
+    """Half ink, half paper: no pattern is darker than another in the first look."""
+    means = []
+    for seed in range(60):
+        sticker = draw_sticker(random.Random(seed), mark, 24.0).image
+        rng = random.Random(seed)
+        dark, light = rng.randint(0, 45), rng.randint(205, 250)
+        grey = np.asarray(sticker, dtype=float)
+        inside = grey[..., 3] > 250
+        means.append(grey[..., :3].mean(-1)[inside].mean() - (dark + light) / 2)
+    assert abs(float(np.mean(means))) < 4

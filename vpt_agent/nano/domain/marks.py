@@ -2,9 +2,9 @@
 
 All patterns have half ink, half paper, the same period along both axes, and fade towards the rim.
 A period is little more than one pixel of the first look, where resizing leaves an even grey of each
-pattern; blotches as large as its pixels cover the little that it does not take away. Arms of small stars and
-crosses, which were tried first, ended in the first look, too, but are much harder to learn for an
-encoder that cuts its view into patches: a hatching has no place within its patch that matters.
+pattern; blotches as large as its pixels cover the little that it does not take away. Small stars
+and crosses, which were tried first, were lost in the first look, too, but are much harder to learn
+for an encoder that cuts its view into patches: where in its patch a hatching lies does not matter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ GLOBAL_LEAST: Final = 5.0
 GLOBAL_MOST: Final = 5.6
 """Breadth of a sticker in pixels of the first look."""
 GLOBAL_PERIOD: Final = 1.2
-"""A period (a bar and a gap) in pixels of the first look; two are what pixels can show."""
-AGAIN_PERIOD: Final = 2.6
+"""A period (a bar and a gap) of a sticker of middling breadth, in pixels of the first look, which
+can show periods of two and more."""
+GLOBAL_LONGEST_PERIOD: Final = 1.3
+"""No period is longer in pixels of the first look."""
+AGAIN_PERIOD: Final = 2.4
 """A period is at least so long in pixels of every re-encoding view."""
 
 # Deviation of the noise of each pixel, and of that of each pixel of the first look.
@@ -57,6 +60,11 @@ def _bars(mark: str, period: float, phase: tuple[float, float], side: int) -> ND
     return blocks
 
 
+def period_of(extent: float) -> float:
+    """The period of a scene's sticker of so many pixels, in pixels."""
+    return extent * GLOBAL_PERIOD / ((GLOBAL_LEAST + GLOBAL_MOST) / 2)
+
+
 def _noise(rng: random.Random, side: int) -> NDArray[Any]:
     own = np.random.default_rng(rng.getrandbits(32))
     coarse = own.normal(0, _BLOTCHES, (round(GLOBAL_MOST), round(GLOBAL_MOST)))
@@ -74,7 +82,7 @@ def draw_sticker(
     ``period`` is in pixels; by default that of a sticker of this breadth in a scene.
     """
     if period is None:
-        period = extent * GLOBAL_PERIOD / ((GLOBAL_LEAST + GLOBAL_MOST) / 2)
+        period = period_of(extent)
     side = int(extent) + 2
     dark, light = rng.randint(0, 45), rng.randint(205, 250)
     bars = _bars(mark, period, (rng.random(), rng.random()), side)

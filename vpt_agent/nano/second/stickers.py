@@ -18,9 +18,9 @@ from vpt_agent.nano.batches import Labels
 from vpt_agent.nano.domain.marks import (
     GLOBAL_LEAST,
     GLOBAL_MOST,
-    GLOBAL_PERIOD,
     MARKS,
     draw_sticker,
+    period_of,
 )
 from vpt_agent.nano.domain.sight import AGAIN, Pixels
 from vpt_agent.nano.second.labels import CELL, REACH
@@ -70,8 +70,8 @@ class Stickers:
         square, other = _SCALE[self.kind]
         extent = rng.uniform(GLOBAL_LEAST, GLOBAL_MOST) * zoom
         extent *= square if rng.random() < 0.5 else rng.uniform(square, other)
-        period = extent / zoom * GLOBAL_PERIOD / ((GLOBAL_LEAST + GLOBAL_MOST) / 2)
-        sticker = draw_sticker(rng, MARKS[mark], extent * finer, period=period * finer).image
+        period = period_of(extent * finer / zoom)
+        sticker = draw_sticker(rng, MARKS[mark], extent * finer, period=period).image
         side = math.ceil(sticker.width / finer) + 2
         canvas = Image.new("RGBA", (round(side * finer), round(side * finer)))
         # Colour without cover, or resizing would mix black into the rim.

@@ -187,8 +187,9 @@ def train_second(
     """Train a stage into ``out/STAGE`` from the scenes in ``out/pool``; gives the weights' file.
 
     ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
-    schedule's length, ``rate`` its peak; ``plan`` replaces the kinds of batches in turn. ``only`` runs the stage see
-    for one encoder, into ``out/see-KIND``: they share nothing, so they can run side by side.
+    schedule's length, ``rate`` its peak; ``plan`` replaces the kinds of batches in turn. ``only``
+    runs the stage see for one encoder, into ``out/see-KIND``: they share nothing, so they can run
+    side by side.
     """
     config = STAGES[stage]
     config = replace(config, rate=rate or config.rate)
