@@ -53,9 +53,15 @@ def train(
             typer.echo("\n".join(made.lines()))
         return
     from vpt_agent.training import train as run
+    from vpt_agent.training.folder import is_main
 
-    draw = drawing(read.out)
-    result = run(read, resume=resume, say=lambda text: note("train", text), draw=draw)
+    def say(text: str) -> None:
+        if is_main():  # of several processes one speaks
+            note("train", text)
+
+    result = run(read, resume=resume, say=say, draw=drawing(read.out))
+    if not is_main():
+        return
     told = {
         "checkpoint": str(result.checkpoint),
         "steps": result.steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -57,8 +58,10 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
         "disable_tqdm": True,
     }
     if config.gradient_checkpointing:
-        values["gradient_checkpointing"] = True
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        known = {field.name for field in fields(TrainingArguments)}
+        new = "activation_checkpointing"
+        name = new if new in known else "gradient_checkpointing"
+        values |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     try:
         made = TrainingArguments(**(values | config.trainer))
     except (TypeError, ValueError, ImportError) as error:

@@ -102,6 +102,8 @@ class VPTTrainer(Trainer):
         self.tokens: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
         self._losses: list[float] = []
+        self._rate = 0.0
+        model.register_forward_hook(_reach_parameters)
         self.remove_callback(PrinterCallback)  # standard output is for results
         self.add_callback(_Steps(self, say))
 
@@ -165,14 +167,9 @@ class VPTTrainer(Trainer):
                 got=value,
                 fix="lower optim.learning_rate, raise optim.warmup, or look at these rows",
             )
-        loss = output.loss
         if model.training:
             self._count(inputs, value)
-            if not loss.requires_grad:
-                # No row of the batch reaches what is trained (a projector, and rows without its
-                # action): such a step has gradients of zero, as it has among other rows.
-                loss = loss + sum(p.sum() * 0 for p in model.parameters() if p.requires_grad)
-        return (loss, output) if return_outputs else loss
+        return (output.loss, output) if return_outputs else output.loss
 
     def _count(self, inputs: Mapping[str, Any], loss: float) -> None:
         self._losses.append(loss)
@@ -194,6 +191,10 @@ class VPTTrainer(Trainer):
         torch.distributed.all_gather_object(every, own)
         return Totals(*(sum(counts, Counter()) for counts in zip(*every, strict=True)))
 
+    def begin_step(self) -> None:
+        """Note the learning rate that the optimiser is about to step with."""
+        self._rate = float(self._get_learning_rate())
+
     def end_step(self) -> None:
         """Write the losses of the step that ended."""
         if self._losses:
@@ -201,9 +202,9 @@ class VPTTrainer(Trainer):
             if self.args.world_size > 1:
                 value = torch.tensor(mean, dtype=torch.float64, device=self.args.device)
                 mean = float(self.accelerator.reduce(value, "mean"))
-            row = {"step": self.state.global_step, "loss": mean, "rate": self._get_learning_rate()}
             if self.is_world_process_zero():
-                self.metrics.write(row | {"rate": float(row["rate"])})
+                row = {"step": self.state.global_step, "loss": mean, "rate": self._rate}
+                self.metrics.write(row)
         self._losses = []
 
     # --- evaluation ---------------------------------------------------------------------------
@@ -324,6 +325,17 @@ class VPTTrainer(Trainer):
             prune(folder.parent, is_whole, keep=self.keep, spare=[Path(best)] if best else [])
 
 
+def _reach_parameters(model: nn.Module, _: Any, output: Any) -> None:
+    """A forward hook: where no row of a batch reaches what is trained (a projector, and rows
+    without its action), the step has gradients of zero, as it has among other rows.
+
+    Inside the model's call, so that DistributedDataParallel sees that its parameters are used.
+    """
+    if model.training and output.loss is not None and not output.loss.requires_grad:
+        learning = (p for p in model.parameters() if p.requires_grad)
+        output.loss = output.loss + sum(p.sum() * 0 for p in learning)
+
+
 class _Steps(TrainerCallback):
     """Calls the trainer back where transformers lets callbacks only."""
 
@@ -336,6 +348,10 @@ class _Steps(TrainerCallback):
         told = [f"{name} {float(logs[name]):.4g}" for name in wanted if name in (logs or {})]
         if told and state.is_world_process_zero:
             self.say(f"step {state.global_step}: {', '.join(told)}")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The gradients of a step are complete."""
+        self.trainer.begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The losses of a step are complete."""
