@@ -1,13 +1,16 @@
 """The paper's design choices on a reduced domain, at equal cost: grid, tokens or text, masks.
 
-    python benchmarks/ablations.py --work DIR [--minutes 30] [--only PART]
+    python benchmarks/ablations.py --work DIR [--minutes 30] [--total-minutes M] [--part 1/2]
 
 Every run trains a fresh small model on the scenes of `reduced.py` with the library's own training
 code, the same steps and rows of batch for all, at most `--minutes` of CPU each, and is measured on
-unseen scenes through the agent. One factor changes at a time; the two pairs that decide (grid 8
-against 16, masks off against on) run with three seeds. Finished runs are kept in `--work` and not
-run again; one that was killed goes on from its checkpoint. Figures: `benchmarks/results/
-ablations.json`, which `vpt-agent nano report` shows. `--only` takes runs whose name holds PART.
+unseen scenes through the agent. One factor changes at a time. The runs stand in a queue: first the
+two pairs that decide (grid 8 against 16, masks off against half), with three seeds each, seed by
+seed; then the others. Finished runs are kept in `--work` and not run again; one that was killed
+goes on from its checkpoint. `--total-minutes` begins no run after so many; `--part 1/2` takes every
+second run, for two processes side by side; `--only PART` those whose name holds PART;
+`--list` runs nothing and says what there is. Figures: `benchmarks/results/ablations.json`, which
+`vpt-agent nano report` shows, with every run's cost; what was not run is said.
 """
 
 from __future__ import annotations
@@ -100,6 +103,22 @@ def groups() -> list[dict[str, Any]]:
     ]
 
 
+def queue() -> list[Run]:
+    """All runs, each once, those that decide first: both sides of a pair before the next seed."""
+    decide = [
+        run
+        for seed in (0, 1, 2)
+        for run in (
+            Run("region", grid=8, seed=seed),
+            Run("region", grid=16, seed=seed),
+            Run("dino", seed=seed),
+            Run("dino", mask="embeddings", ratio=0.5, seed=seed),
+        )
+    ]
+    others = (run for group in groups() for _, run in group["runs"])
+    return list(dict.fromkeys((*decide, *others)))
+
+
 def config_of(run: Run, folder: Path, rows: Path, args: argparse.Namespace) -> Any:
     """The library's training config of one run."""
     from vpt_agent.training import make_config
@@ -157,7 +176,10 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         reduced.make_model(folder / "fresh", table, seed=run.seed)
         (folder / "fresh" / "ready").touch()
     trained = _train(run, folder, rows, args)
-    result = {"run": run.name, **trained, **_measure(run, kind, folder, args)}
+    began = time.process_time()
+    measured = _measure(run, kind, folder, args)
+    spent = time.process_time() - began
+    result = {"run": run.name, **trained, **measured, "measuring_seconds": spent}
     part = done.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1))
     part.replace(done)
@@ -170,6 +192,10 @@ def _train(run: Run, folder: Path, rows: Path, args: argparse.Namespace) -> dict
 
     from vpt_agent.training import train
 
+    told = folder / "trained.json"
+    if told.is_file():  # killed while it was measured
+        found: dict[str, Any] = json.loads(told.read_text())
+        return found
     clock = folder / "cpu_seconds"
     before = float(clock.read_text()) if clock.is_file() else 0.0
     began = time.process_time()
@@ -186,15 +212,15 @@ def _train(run: Run, folder: Path, rows: Path, args: argparse.Namespace) -> dict
 
     config = config_of(run, folder, rows, args)
     begun = any((folder / "training").glob("checkpoint-*"))
-    if (folder / "training" / "final").is_dir():
-        return {"steps": None, "cpu_seconds": before, "stopped_by_time": None}
     result = train(config, resume=begun, callbacks=[Clock()], say=_say(run))
-    return {
+    found = {
         "steps": result.steps,
         "cpu_seconds": before + time.process_time() - began,
         "stopped_by_time": bool(stopped),
         "loss": result.loss,
     }
+    told.write_text(json.dumps(found))
+    return found
 
 
 def _say(run: Run) -> Any:
@@ -312,10 +338,13 @@ def collect(args: argparse.Namespace, failed: Mapping[str, str]) -> dict[str, An
             entry: dict[str, Any] = {"name": label, "seed": run.seed}
             if path.is_file():
                 result = json.loads(path.read_text())
-                keep = ("figures", "no_tools", "steps", "cpu_seconds", "stopped_by_time")
-                entry |= {k: result[k] for k in keep}
+                keep = ("figures", "no_tools", "steps", "cpu_seconds", "measuring_seconds",
+                        "stopped_by_time", "loss")  # fmt: skip
+                entry |= {k: result[k] for k in keep if k in result}
             else:
-                entry["missing"] = failed.get(run.name, "not run")
+                clock = args.work / run.name / "cpu_seconds"
+                spent = f"begun: {float(clock.read_text()):.0f} s" if clock.is_file() else ""
+                entry["missing"] = failed.get(run.name, spent or "not run")
             runs.append(entry)
         told.append({**group, "runs": runs})
     from vpt_agent.evaluation.store import machine
@@ -341,33 +370,78 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes")
     parser.add_argument("--unseen", type=int, default=500, help="scenes to measure on")
     parser.add_argument("--only", default="", help="only runs whose name holds this")
+    parser.add_argument("--part", default="1/1", help="1/2 and 2/2 share the runs")
+    parser.add_argument("--total-minutes", type=float, help="begin no run after so many")
+    parser.add_argument("--list", action="store_true", help="only say what was run")
     args = parser.parse_args()
+    number, _, parts = args.part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 0 < int(number) <= int(parts)):
+        parser.error(f"--part is I/N with 1 <= I <= N, not {args.part}")
     args.work = args.work.resolve()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import reduced
-    import torch
-
-    torch.set_num_threads(1)  # CPU time is what is compared
-    reduced.draw_scenes(args.work / "scenes", args.scenes)
-    runs = {run.name: run for group in groups() for _, run in group["runs"]}
-    from vpt_agent.errors import VPTError
-
-    failed: dict[str, str] = {}
-    for name, run in runs.items():
-        if args.only in name:
-            try:
-                perform(run, args)
-            except VPTError as error:  # one run's trouble is told, and the others go on
-                failed[name] = str(error)
-                print(f"{name}: {error}", file=sys.stderr)
+    mine = [run for run in queue()[int(number) - 1 :: int(parts)] if args.only in run.name]
+    failed = {} if args.list else run_all(mine, args)
     data = collect(args, failed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    from vpt_agent.evaluation.runs import tables_of_runs
+    from vpt_agent.evaluation.runs import orders_table, tables_of_runs
 
-    for table in tables_of_runs(data):
+    for table in (*tables_of_runs(data), orders_table(data), costs(data)):
         print(table.to_markdown() + "\n")
     print(f"written: {args.out}", file=sys.stderr)
+
+
+def run_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, str]:
+    """Run them one after the other; gives the reasons of those that failed."""
+    import reduced
+    import torch
+
+    from vpt_agent.errors import VPTError
+
+    torch.set_num_threads(1)  # CPU time is what is compared
+    reduced.draw_scenes(args.work / "scenes", args.scenes)
+    began, failed = time.monotonic(), dict[str, str]()
+    for place, run in enumerate(runs, start=1):
+        spent = (time.monotonic() - began) / 60
+        if args.total_minutes is not None and spent > args.total_minutes:
+            print(f"{len(runs) - place + 1} runs left: the time is up", file=sys.stderr)
+            break
+        try:
+            result = perform(run, args)
+        except VPTError as error:  # one run's trouble is told, and the others go on
+            failed[run.name] = str(error)
+            print(f"{run.name}: {error}", file=sys.stderr)
+            continue
+        print(
+            f"{place} of {len(runs)}: {run.name}: exact {result['figures'][EXACT]['value']:.3f}, "
+            f"{result['steps']} steps in {result['cpu_seconds'] / 60:.1f} CPU minutes",
+            file=sys.stderr,
+            flush=True,
+        )
+    return failed
+
+
+def costs(data: Mapping[str, Any]) -> Any:
+    """What every run cost, as a table."""
+    from vpt_agent.evaluation import Table
+
+    lines = {}
+    for group in data["groups"]:
+        for run in group["runs"]:
+            if "cpu_seconds" in run:
+                lines[group["name"], run["name"], run["seed"]] = (
+                    f"{group['name']}: {run['name']}",
+                    str(run["seed"]),
+                    str(run["steps"]),
+                    f"{run['cpu_seconds'] / 60:.1f}",
+                    f"{run.get('measuring_seconds', 0.0) / 60:.1f}",
+                    "yes" if run["stopped_by_time"] else "no",
+                )
+    return Table(
+        "Costs",
+        ("run", "seed", "steps", "CPU minutes of training", "of measuring", "stopped by time"),
+        tuple(lines.values()),
+    )
 
 
 if __name__ == "__main__":

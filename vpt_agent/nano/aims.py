@@ -15,7 +15,7 @@ REENCODING = ("clip", "dino", "sam")
 
 @dataclass(frozen=True)
 class Aim:
-    """What is wanted: ``figure`` at or above ``least``. None was not measured."""
+    """What is wanted: ``figure`` at or above ``least``. None was not run."""
 
     what: str
     least: float
@@ -23,9 +23,9 @@ class Aim:
 
     @property
     def verdict(self) -> str:
-        """``met``, ``missed``, or ``not measured``; the interval says how sure that is."""
+        """``met``, ``missed``, or ``not run``; the interval says how sure that is."""
         if not self.figure or self.figure.get("value") is None:
-            return "not measured"
+            return "not run"
         return "met" if self.figure["value"] >= self.least else "missed"
 
 

@@ -216,13 +216,13 @@ def read_sections(path: Path) -> list[Section]:
             for split, figures in data["splits"].items()
         ]
     if kind == "ablations":
-        from vpt_agent.evaluation.runs import plot_runs, tables_of_runs
+        from vpt_agent.evaluation.runs import orders_table, plot_runs, tables_of_runs
 
         return [
             Section(
                 "Experiments on a reduced domain",
                 data["about"],
-                tables_of_runs(data),
+                [orders_table(data), *tables_of_runs(data)],
                 plot_runs(data),
             )
         ]

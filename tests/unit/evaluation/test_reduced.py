@@ -83,6 +83,36 @@ def test_every_order_can_be_decided(modules: tuple[ModuleType, ModuleType]) -> N
     assert {run.controls for run in runs.values()} == {1, 2, 4}
 
 
+def test_the_queue_begins_with_what_decides(modules: tuple[ModuleType, ModuleType]) -> None:
+    _, ablations = modules
+    queue = ablations.queue()
+    every = {run for group in ablations.groups() for _, run in group["runs"]}
+    assert len(queue) == len(every) == 20
+    assert set(queue) == every
+    first = queue[:12]
+    for seed in (0, 1, 2):
+        four = first[4 * seed : 4 * seed + 4]
+        assert {run.seed for run in four} == {seed}
+        assert {(run.kind, run.grid, run.mask) for run in four} == {
+            ("region", 8, "off"), ("region", 16, "off"), ("dino", 8, "off"),
+            ("dino", 8, "embeddings"),
+        }  # fmt: skip
+
+
+def test_a_box_as_text_can_be_said(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    """The characters of its payload are tokens of the model that is made."""
+    reduced, _ = modules
+    table = reduced.make_table("box")
+    reduced.make_model(tmp_path, table, seed=0)
+    model = VPTForConditionalGeneration.from_pretrained(tmp_path)
+    (row,) = model.config.table.rows
+    processor = VPTProcessor.from_pretrained(tmp_path, config=model.config)
+    text = reduced.box_text(reduced.make_discs(0)[0].box)
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    assert set(ids) <= set(row.characters)
+    assert len(ids) == len(text)
+
+
 def test_scenes_are_drawn_once_and_alike(
     modules: tuple[ModuleType, ModuleType], tmp_path: Path
 ) -> None:

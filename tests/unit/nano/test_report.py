@@ -25,7 +25,7 @@ from vpt_agent.evaluation import (
     crop_settings,
     figures_of,
 )
-from vpt_agent.evaluation.runs import verdict
+from vpt_agent.evaluation.runs import orders_table, verdict
 from vpt_agent.evaluation.store import ResultStore
 from vpt_agent.nano.aims import aims_of, aims_table
 from vpt_agent.nano.domain import GROUPS, TYPES
@@ -219,9 +219,11 @@ def test_an_order_is_open_where_intervals_meet_or_runs_lack() -> None:
     for run in near:
         run["figures"] = {"exact match": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
     assert verdict({**GROUP, "runs": near}) == "open: the intervals overlap"
+    table = orders_table({"groups": [GROUP, {**GROUP, "expected": []}]})
+    assert table.rows == (("Grid", "k = 8 > k = 4", "exact match", "confirmed"),)
 
 
-def test_aims_are_met_missed_or_not_measured() -> None:
+def test_aims_are_met_missed_or_not_run() -> None:
     told = figures()
     loss = next(d for d in told["differences"] if d["setting"] == "region, random region")
     loss["needed"] = {"value": -0.4, "low": -0.5, "high": -0.3, "n": 9}
@@ -229,12 +231,12 @@ def test_aims_are_met_missed_or_not_measured() -> None:
     verdicts = {aim.what: aim.verdict for aim in aims_of({"train": told})}
     assert verdicts["loss by a random region, where looking is needed"] == "met"
     assert verdicts["calls of a needed kind, free choice"] == "missed"
-    assert verdicts["loss by c at zero, where dino is needed"] == "not measured"
-    assert verdicts["loss by c at zero, where clip is needed"] == "not measured"  # nobody needs it
+    assert verdicts["loss by c at zero, where dino is needed"] == "not run"
+    assert verdicts["loss by c at zero, where clip is needed"] == "not run"  # nobody needs it
     assert verdicts["exact match, region questions, new scenes"] == "missed"
     (row,) = [r for r in aims_table({"train": told}).rows if "random region" in r[0]]
     assert row[1:] == ("0.30", "0.400 [0.30, 0.50]", "met")
-    assert {aim.verdict for aim in aims_of({})} == {"not measured"}
+    assert {aim.verdict for aim in aims_of({})} == {"not run"}
 
 
 def test_what_is_no_result_is_told(tmp_path: Path) -> None:
