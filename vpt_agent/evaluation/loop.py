@@ -189,9 +189,9 @@ class _Told:
         self.done += count
         if self.say is None:
             return
-        rate = (self.done - self.before) / max(1e-9, time.monotonic() - self.began)
-        left = (self.total - self.done) / max(1e-9, rate)
-        self.say(f"{self.done} of {self.total} asked, {left / 60:.0f} min left ({setting})")
+        asked, spent = self.done - self.before, time.monotonic() - self.began
+        left = f", {(self.total - self.done) / asked * spent / 60:.0f} min left" if asked else ""
+        self.say(f"{self.done} of {self.total} asked{left} ({setting})")
 
 
 class _Chunk:

@@ -1,6 +1,6 @@
 """The second version without perception tokens: what the same model learns that never looks again.
 
-``python -m vpt_agent.nano.second_baseline --view global|large --out DIR [--minutes M] [--steps N]``
+``python -m vpt_agent.nano.second_baseline --view global|large --out DIR [--steps N] [--rate R]``
 
 Begins with what the stage ``talk`` begins with, and takes the same questions about the same pool in
 the same shares, rows and steps; but every answer follows its question at once. ``global`` sees the
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -149,6 +150,7 @@ def train_baseline(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    rate: float | None = None,
     resume: bool = False,
     threads: int = 2,
     size: int = 16,
@@ -156,10 +158,10 @@ def train_baseline(
     """Train a baseline from the scenes in ``out/pool`` and what the stage see left in ``out``;
     gives the checkpoint's folder.
 
-    ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
-    schedule's length, that of the stage talk.
+    ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` and ``rate``
+    replace the schedule's length and peak learning rate, those of the stage talk.
     """
-    config = STAGES["talk"]
+    config = STAGES["talk"] if rate is None else replace(STAGES["talk"], rate=rate)
     directory = out / f"baseline-{view}"
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
@@ -203,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the recipe's work folder")
     parser.add_argument("--minutes", type=float, help="stop early and write a checkpoint")
     parser.add_argument("--steps", type=int, help="length of the schedule; default: that of talk")
+    parser.add_argument("--rate", type=float, help="peak learning rate; default: that of talk")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=16, help="rows of a batch")
@@ -212,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.out,
         minutes=options.minutes,
         steps=options.steps,
+        rate=options.rate,
         resume=options.resume,
         threads=options.threads,
         size=options.size,

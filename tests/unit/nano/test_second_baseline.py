@@ -123,7 +123,7 @@ def test_it_goes_on_from_its_checkpoint(work: Path) -> None:
     name = "vpt.model.norm.weight"
     marked = state[name] + 5.0  # what a later step could not do by itself
     save_file({**state, name: marked}, checkpoint)
-    train(work, "global", ["--steps", "2", "--resume"])
+    train(work, "global", ["--steps", "2", "--rate", "1e-4", "--resume"])
     assert (work / "baseline-global" / "checkpoint-2").is_dir()
     after = load_file(work / "baseline-global" / WEIGHTS)[name]
     assert torch.allclose(after, marked, atol=0.1)
