@@ -119,6 +119,27 @@ def test_resumed_it_ends_with_the_same_weights(tmp_path: Path, checkpoint: Path)
         reinforce(whole, problems=_problems(), reward=_length)
 
 
+def test_a_stage_goes_on_over_the_same_questions(tmp_path: Path, checkpoint: Path) -> None:
+    config = _config(tmp_path / "out", checkpoint, steps=2, save_every=1)
+
+    def killed(text: str) -> None:
+        if text.startswith("step 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reinforce(config, problems=_problems(), reward=_length, say=killed)
+    (config.out / "checkpoint-1").rename(config.out / "checkpoint-1-copy")
+    fewer = endless([([Problem("Where?", "x", (picture(0),))], 1.0)])
+    again = _config(tmp_path / "out", checkpoint, steps=2, save_every=1)
+    with pytest.raises(KeyboardInterrupt):  # a copy is no checkpoint: from the start
+        reinforce(again, resume=True, problems=_problems(), reward=_length, say=killed)
+    with pytest.raises(UserError, match=r"taken from another mixture|rows have changed"):
+        reinforce(again, resume=True, problems=fewer, reward=_length)
+    done = reinforce(again, resume=True, problems=_problems(), reward=_length)
+    assert done.steps == 2
+    assert [r["step"] for r in read_metrics(config.out / "metrics.jsonl")] == [1, 2]
+
+
 def _length(problem: Problem, answer: Answer) -> float:
     return answer.usage.new_tokens / 10
 

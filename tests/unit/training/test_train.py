@@ -246,6 +246,26 @@ def test_metrics_survive_half_a_line(tmp_path: Path) -> None:
         read_metrics(file.path)
 
 
+def test_tensorboard_shows_the_same_losses(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    chosen = config(place, tmp_path, evaluate_every=2)
+    train(chosen)
+    (folder,) = (chosen.out / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    rows = read_metrics(chosen.out / METRICS)
+    for tag, name in (
+        ("train/loss", "loss"), ("train/learning_rate", "rate"), ("eval/loss", "eval_loss")
+    ):  # fmt: skip
+        seen = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in seen] == [row["step"] for row in rows if name in row]
+        assert [value for _, value in seen] == pytest.approx(
+            [row[name] for row in rows if name in row], abs=1e-4
+        )
+
+
 def test_losses_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = MetricsFile(tmp_path)
