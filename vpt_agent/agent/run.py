@@ -17,7 +17,7 @@ from vpt_agent.agent.dispatch import Dispatcher, Scope
 from vpt_agent.agent.recorder import Recorder
 from vpt_agent.agent.state import Conversation, Progress, Request
 from vpt_agent.engine.decode import Turn, TurnCall, TurnRules, decode_turn
-from vpt_agent.engine.parts import Looked, Part, Tokens, Visual, Wait
+from vpt_agent.engine.parts import Looked, Part, Tokens, Visual
 from vpt_agent.engine.sampling import Sampler
 from vpt_agent.engine.session import spans_of
 from vpt_agent.errors import UserError
@@ -298,12 +298,9 @@ class Run:
             self._deadline(),
             self.session.condition,
         )
-        looks = self.dispatcher.needed(calls, scope)
-        if looks:  # encoder work of all runs in one batch; the tools find it done
-            found = yield looks
-            for look, items_found in zip(looks, found, strict=True):
-                self.recorder.looked(items_found, kind=look.encoder)
-        results = yield Wait(self.dispatcher.submit(calls, scope))
+        results = yield from self.dispatcher.answers(
+            calls, scope, self.progress.made, self.recorder.looked
+        )
         checked = []
         room = self._room() - RESERVE
         for call, result in zip(calls, results, strict=True):
@@ -315,6 +312,8 @@ class Run:
             self.recorder.finished_call(result)
             if not result.ok:
                 self._failure(call.name)
+            elif "repeats" not in result.metadata and (same := self.dispatcher.same(call)):
+                self.progress.made[same] = result
             self.progress.calls.append(call)
             self.progress.results.append(result)
             self.progress.views += result.views

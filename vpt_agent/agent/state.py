@@ -96,3 +96,4 @@ class Progress:
     pixels: int = 0  # that calls added, as visual_tokens
     visual_tokens: int = 0
     said: set[str] = field(default_factory=set)  # limits already told
+    made: dict[str, ToolResult] = field(default_factory=dict)  # results of calls that worked

@@ -214,6 +214,8 @@ class Engine:
         on_tools = [e for e in waiting if isinstance(e.want, Wait)]
         if not on_tools:
             return False
+        for entry in on_tools:
+            entry.want.start()
         running = [f for e in on_tools for f in e.want.futures if not f.done()]
         if len(on_tools) == len(waiting) and not any(_ready(e) for e in on_tools):
             wait(running, return_when=FIRST_COMPLETED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,11 +98,20 @@ class Look:
     views: tuple[View, ...]
 
 
+def _nothing() -> None:
+    """The futures of a :class:`Wait` are on their way already."""
+
+
 @dataclass(frozen=True)
 class Wait:
-    """Ask the loop to go on with other runs until all ``futures`` (tools on threads) are done."""
+    """Ask the loop to go on with other runs until all ``futures`` (tools on threads) are done.
+
+    The loop calls ``start`` once every run of the step has said what it waits for, so that calls
+    of one tool can go together; it may be called more than once.
+    """
 
     futures: tuple[Future[Any], ...]
+    start: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True)

@@ -11,31 +11,67 @@ from vpt_agent.tool.boxes import (
     PixelBoxes,
 )
 from vpt_agent.tool.call import call_error, execute, execute_batch
-from vpt_agent.tool.context import ToolContext
+from vpt_agent.tool.context import (
+    Cancelled,
+    ControlState,
+    Deadline,
+    FromContext,
+    OriginalView,
+    Rng,
+    SourceView,
+    ToolContext,
+)
 from vpt_agent.tool.define import FunctionTool, perception_tool
 from vpt_agent.tool.output import ToolOutput, ToolReturn
-from vpt_agent.tool.registry import FailedTool, ToolRegistry
+from vpt_agent.tool.pool import Pending, Submitted, ToolPool
+from vpt_agent.tool.registry import FailedTool, Installed, ToolRegistry, installed_tools
 from vpt_agent.tool.spec import PerceptionTool
+from vpt_agent.tool.written import (
+    Written,
+    WrittenCall,
+    WrittenError,
+    read_arguments,
+    read_calls,
+    settled,
+)
 
 __all__ = [
+    "Cancelled",
+    "ControlState",
+    "Deadline",
     "FailedTool",
+    "FromContext",
     "FunctionTool",
     "GridBox",
     "GridBoxes",
+    "Installed",
     "ModelRetry",
     "Norm1000Box",
     "Norm1000Boxes",
+    "OriginalView",
+    "Pending",
     "PerceptionTool",
     "PixelBox",
     "PixelBoxes",
+    "Rng",
+    "SourceView",
+    "Submitted",
     "ToolArguments",
     "ToolContext",
     "ToolFailed",
     "ToolOutput",
+    "ToolPool",
     "ToolRegistry",
     "ToolReturn",
+    "Written",
+    "WrittenCall",
+    "WrittenError",
     "call_error",
     "execute",
     "execute_batch",
+    "installed_tools",
     "perception_tool",
+    "read_arguments",
+    "read_calls",
+    "settled",
 ]

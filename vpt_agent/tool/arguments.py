@@ -1,18 +1,23 @@
 """Arguments of a tool: the schema that the model sees, and the check of what it sent.
 
-The object that makes the schema is the object that validates the call.
+The object that makes the schema is the object that validates the call, strictly: it takes what the
+schema says and nothing near it. What is near (``"12"`` for a number) is put right before, where it
+has one reading, and said (:mod:`vpt_agent.tool.fit`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from vpt_agent.errors import ModelRetry, ToolDefinitionError
+from vpt_agent.tool.fit import fit
 from vpt_agent.tool.text import one_line
 
 if TYPE_CHECKING:
@@ -35,6 +40,33 @@ class ArgumentSpec(Protocol):
     def parse(self, values: object) -> object:
         """``values`` as the tool wants them. Raises :class:`ModelRetry` with one line."""
         ...
+
+
+def read_values(spec: ArgumentSpec, values: object) -> tuple[object, tuple[str, ...]]:
+    """What a call sent, put right where that has one reading, then checked strictly; and what was
+    put right. Raises :class:`ModelRetry`."""
+    plain = json.loads(_as_json(values))
+    if not isinstance(plain, dict):
+        return spec.parse(plain), ()
+    fitted, repairs = fit(plain, spec.schema)
+    return spec.parse(fitted), tuple(repairs)
+
+
+def _as_json(values: object) -> str:
+    """``values`` as the JSON that a model could have sent."""
+    try:
+        plain = to_jsonable_python(dict(values) if isinstance(values, Mapping) else values)
+        text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        # Half of a surrogate pair is no text; what validates would stumble over it.
+        return text.encode("utf-8", "replace").decode("utf-8")
+    except (PydanticSerializationError, TypeError, ValueError, RecursionError) as error:
+        where = ""
+        if isinstance(values, Mapping) and len(values) > 1:
+            for name, value in values.items():
+                _as_json({name: value})  # raises, and names the one
+        elif isinstance(values, Mapping):
+            where = "".join(f"{one_line(name, 60)}: " for name in values)
+        raise ModelRetry(f"{where}there is something in it that JSON cannot say") from error
 
 
 class _Untitled(GenerateJsonSchema):
@@ -69,11 +101,9 @@ class ModelArguments:
         self.model = model
 
     def parse(self, values: object) -> BaseModel:
-        """A validated instance of the model."""
+        """A validated instance of the model; types are those of the schema, nothing is turned."""
         try:
-            return self.model.model_validate(
-                dict(values) if isinstance(values, Mapping) else values
-            )
+            return self.model.model_validate_json(_as_json(values), strict=True)
         except ValidationError as error:
             raise ModelRetry(_line(_pydantic_errors(error), error.error_count())) from error
 
@@ -115,7 +145,7 @@ class SchemaArguments:
 
     def parse(self, values: object) -> dict[str, JsonValue]:
         """The values as a dict, checked against the schema."""
-        plain = dict(values) if isinstance(values, Mapping) else values
+        plain = json.loads(_as_json(values))
         errors = sorted(self._validator.iter_errors(plain), key=lambda e: list(map(str, e.path)))
         if errors:
             lines = (f"{'.'.join(map(str, e.path))}: {e.message}".lstrip(": ") for e in errors)

@@ -7,7 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 from vpt_agent.errors import ModelRetry, UserError
 from vpt_agent.tokens.grid import RegionPolicy
@@ -20,6 +20,32 @@ if TYPE_CHECKING:
 
     Encode = Callable[[str, View], torch.Tensor]
     Project = Callable[[str, torch.Tensor, torch.Tensor | None], VisualFeatures]
+
+
+@dataclass(frozen=True)
+class FromContext:
+    """In ``Annotated[...]``: the parameter is this attribute of the context, and no argument."""
+
+    name: str
+
+
+SourceView = Annotated[View, FromContext("view")]
+"""The picture to look at: the one that the call names as its ``source``, or the latest one."""
+
+OriginalView = Annotated[View, FromContext("original")]
+"""The picture that the source view was cut from (itself, if it was not)."""
+
+ControlState = Annotated[Any, FromContext("control")]
+"""The hidden state [k, D] that a call by perception tokens carries, a tensor."""
+
+Rng = Annotated[random.Random, FromContext("rng")]
+"""Random numbers that are the same for the same seed of the run and the same call."""
+
+Deadline = Annotated[float | None, FromContext("deadline")]
+"""The ``time.monotonic()`` at which the run must be over; None for no end."""
+
+Cancelled = Annotated[threading.Event, FromContext("cancelled")]
+"""Set when nobody waits for the result any more."""
 
 
 def _no_encoder(kind: str, view: View) -> torch.Tensor:

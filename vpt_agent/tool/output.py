@@ -43,12 +43,18 @@ else:
 
 
 def to_result(
-    owner: str, call: ToolCall, output: object, context: ToolContext, seconds: float
+    owner: str,
+    call: ToolCall,
+    output: object,
+    context: ToolContext,
+    seconds: float,
+    metadata: Mapping[str, object] | None = None,
 ) -> ToolResult:
     """The result of a call. Raises :class:`ToolDefinitionError` for what no result can be.
 
     A picture that is no :class:`View` becomes an original of its own: nothing says which part of
     the original it shows (:meth:`ToolContext.crop` and :meth:`ToolContext.redrawn` do).
+    ``metadata`` is what the call path has to say; the tool's own goes over it.
     """
     merged = _Merged(owner, call, context)
     for part in output if isinstance(output, list | tuple) else [output]:
@@ -64,7 +70,7 @@ def to_result(
         features=merged.features,
         text=text,
         structured=merged.plain(),
-        metadata=merged.metadata,
+        metadata=dict(metadata or {}) | merged.metadata,
         kernels=tuple(dict.fromkeys(merged.kernels)),
         seconds=seconds,
     )

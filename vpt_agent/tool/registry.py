@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from weakref import WeakValueDictionary
 
 from vpt_agent.errors import ToolDefinitionError, UserError
 from vpt_agent.tool.define import Function, perception_tool
@@ -22,6 +24,10 @@ GROUP = "vpt_agent.tools"
 """The entry point group in which packages declare their tools."""
 
 
+_made: WeakValueDictionary[type[PerceptionTool], PerceptionTool] = WeakValueDictionary()
+_making = threading.Lock()
+
+
 @dataclass(frozen=True)
 class FailedTool:
     """A tool of an installed package that did not load: ``error`` in one line, ``detail`` whole."""
@@ -30,6 +36,30 @@ class FailedTool:
     owner: str
     error: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A tool of an installed package: the name of its entry point, and whose it is."""
+
+    name: str
+    owner: str
+    tool: PerceptionTool
+
+
+def installed_tools(group: str = GROUP) -> list[Installed | FailedTool]:
+    """What the entry points of all installed packages give, in order of their names."""
+    found: list[Installed | FailedTool] = []
+    for point in sorted(entry_points(group=group), key=lambda p: (p.name, p.value)):
+        owner = _entry_owner(point)
+        try:
+            found.append(Installed(point.name, owner, _as_tool(point.load(), owner)))
+        except Exception as error:
+            # A stranger's package can fail in any way; it must not take the others with it.
+            detail = "".join(traceback.format_exception(error))
+            line = one_line(f"{type(error).__name__}: {error}")
+            found.append(FailedTool(point.name, owner, line, detail))
+    return found
 
 
 class ToolRegistry:
@@ -54,19 +84,9 @@ class ToolRegistry:
         packages with one name are a :class:`ToolDefinitionError`.
         """
         registry = cls()
-        failed: list[FailedTool] = []
-        found: list[tuple[PerceptionTool, str]] = []
-        for point in sorted(entry_points(group=group), key=lambda p: (p.name, p.value)):
-            owner = _entry_owner(point)
-            try:
-                found.append((_as_tool(point.load(), owner), owner))
-            except Exception as error:
-                # A stranger's package can fail in any way; it must not take the others with it.
-                detail = "".join(traceback.format_exception(error))
-                line = one_line(f"{type(error).__name__}: {error}")
-                failed.append(FailedTool(point.name, owner, line, detail))
-        registry._add(found)
-        registry.failed = tuple(failed)
+        loaded = installed_tools(group)
+        registry._add((found.tool, found.owner) for found in loaded if isinstance(found, Installed))
+        registry.failed = tuple(found for found in loaded if isinstance(found, FailedTool))
         return registry
 
     def add(self, tool: ToolLike) -> PerceptionTool:
@@ -146,9 +166,10 @@ class ToolRegistry:
         return {name: tool.contract_hash for name, tool in sorted(self._tools.items())}
 
     def close(self) -> None:
-        """Close every tool."""
+        """Close every tool that is set up; those that are called again are set up again. Agents
+        close the tools that they used by themselves."""
         for tool in self._tools.values():
-            tool.close()
+            tool.release()
 
     def __iter__(self) -> Iterator[PerceptionTool]:
         newest: dict[str, PerceptionTool] = {}
@@ -169,7 +190,7 @@ class ToolRegistry:
 
 def _as_tool(item: object, owner: str | None) -> PerceptionTool:
     if isinstance(item, type) and issubclass(item, PerceptionTool):
-        item = item()
+        item = _instance(item)
     elif inspect.isfunction(item):
         item = perception_tool(item)
     if isinstance(item, PerceptionTool):
@@ -181,6 +202,15 @@ def _as_tool(item: object, owner: str | None) -> PerceptionTool:
         got=repr(item),
         expected="a PerceptionTool, a subclass that is made without arguments, or a function",
     )
+
+
+def _instance(cls: type[PerceptionTool]) -> PerceptionTool:
+    """The one tool of a class: what it loads, it loads once in a process."""
+    with _making:
+        tool = _made.get(cls)
+        if tool is None:
+            tool = _made[cls] = cls()
+        return tool
 
 
 def _entry_owner(point: EntryPoint) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, JsonValue
 from vpt_agent.errors import ToolDefinitionError
 from vpt_agent.tool.arguments import ArgumentSpec, JsonSchema, ToolArguments, argument_spec
 from vpt_agent.tool.context import ToolContext
+from vpt_agent.tool.ready import Ready, Slots
 from vpt_agent.tool.text import split_docstring
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ class PerceptionTool:
     is a pydantic model (a subclass of :class:`ToolArguments`) or a JSON Schema. ``needs`` names
     what it cannot do without: ``view``, ``control`` (a hidden state: perception tokens only),
     ``encoder:<kind>``. ``timeout`` is in seconds for one call, None for no limit; ``batch_size``
-    the calls that :meth:`run_batch` takes at once; ``device`` where it runs (None: the model's);
-    ``max_retries`` how often the model may correct a call. ``licence`` and ``extra`` (what to
+    the calls that :meth:`run_batch` takes at once, of one run or of several; ``concurrency`` how
+    many calls or batches may run at the same time (1: the tool need not be safe for threads);
+    ``device`` where it runs (None: the model's); ``setup_timeout`` how long a call waits for
+    :meth:`setup`; ``max_retries`` how often the model may correct a call. ``always_run`` is for a
+    tool whose answer to the same call may change during a run (a camera, a clock): for others, the
+    second of two equal calls is answered without running. ``licence`` and ``extra`` (what to
     install) stand in the catalogue.
 
     A tool may be asked again for a call whose batch failed, so a call must have no lasting effect.
@@ -53,13 +58,17 @@ class PerceptionTool:
     needs: frozenset[str] = frozenset()
     timeout: float | None = 60.0
     batch_size: int = 1
+    concurrency: int = 1
     device: str | None = None
+    setup_timeout: float | None = 600.0
     max_retries: int = 2
+    always_run: bool = False
     licence: str = ""
     extra: str = ""
 
     _lock: threading.Lock
-    _ready_on: str | None = None
+    _ready: Ready
+    _slots: Slots | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,12 +80,12 @@ class PerceptionTool:
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Made here and not in ``__init__``, which authors override."""
         tool = super().__new__(cls)
-        tool._lock = threading.Lock()
+        tool._lock, tool._ready = threading.Lock(), Ready()
         return tool
 
     def setup(self, device: str) -> None:
-        """Load what the tool needs; called once before its first call, and again for another
-        device."""
+        """Load what the tool needs; called once in a process before the first call, and again for
+        another device or after :meth:`close`."""
 
     # Any: authors write the class of their arguments here.
     def run(self, arguments: Any, context: ToolContext) -> ToolReturn:
@@ -96,7 +105,7 @@ class PerceptionTool:
         return [self.run(arguments, context) for arguments, context in items]
 
     def close(self) -> None:
-        """Let go of what :meth:`setup` took."""
+        """Let go of what :meth:`setup` took; called when the last agent that used it is closed."""
 
     # -- what the library reads ---------------------------------------------------------------
 
@@ -141,13 +150,31 @@ class PerceptionTool:
         }
         return {"type": "function", "function": function}
 
-    def prepare(self, device: str) -> None:
-        """Call :meth:`setup` unless that was done for this device. Safe from any thread."""
-        wanted = self.device or device
+    @property
+    def slots(self) -> Slots:
+        """The slots of this tool, for all agents of the process."""
         with self._lock:
-            if self._ready_on != wanted:
-                self.setup(wanted)
-                self._ready_on = wanted
+            if self._slots is None:
+                self._slots = Slots(self.concurrency)
+            return self._slots
+
+    def prepare(self, device: str, *, seconds: float | None = None) -> None:
+        """Have :meth:`setup` done, unless it was, for :attr:`device` or else ``device``. Safe from
+        any thread; see :meth:`vpt_agent.tool.ready.Ready.prepare`."""
+        setup = None if type(self).setup is PerceptionTool.setup else self.setup
+        self._ready.prepare(setup, self.device or device, seconds=seconds)
+
+    def hold(self) -> None:
+        """An agent uses the tool from now on."""
+        self._ready.hold()
+
+    def let_go(self) -> None:
+        """An agent uses the tool no more; the last one closes it."""
+        self._ready.let_go(self.close)
+
+    def release(self) -> None:
+        """Close the tool if it is set up; the next call sets it up again."""
+        self._ready.release(self.close)
 
     def _single(self, results: Sequence[ToolReturn]) -> ToolReturn:
         if len(results) != 1:
@@ -186,11 +213,14 @@ def check_definition(tool: PerceptionTool | type[PerceptionTool], where: str) ->
     if unknown:
         words = "a set of 'view', 'control', 'encoder:<kind>'"
         raise wrong("a tool needs something that is not known", unknown, words)
-    if tool.timeout is not None and not tool.timeout > 0:
-        raise wrong("a timeout is a number of seconds", tool.timeout, "more than 0, or None")
-    if tool.batch_size < 1 or tool.max_retries < 0:
-        got = f"batch_size={tool.batch_size}, max_retries={tool.max_retries}"
-        raise wrong("a tool has impossible numbers", got, "batch_size >= 1, max_retries >= 0")
+    for seconds in (tool.timeout, tool.setup_timeout):
+        if seconds is not None and not seconds > 0:
+            raise wrong("a timeout is a number of seconds", seconds, "more than 0, or None")
+    for name, least in (("batch_size", 1), ("concurrency", 1), ("max_retries", 0)):
+        number = getattr(tool, name)
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            got = f"{name}={number!r}"
+            raise wrong("a tool has an impossible number", got, f"{name} >= {least}")
     cls = tool if isinstance(tool, type) else type(tool)
     if cls.run is PerceptionTool.run and cls.run_batch is PerceptionTool.run_batch:
         raise wrong("a tool does nothing", cls.__name__, "a method run or run_batch")

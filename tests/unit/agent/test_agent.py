@@ -19,6 +19,10 @@ from vpt_agent.types import Limits
 from vpt_agent.vision.policy import ImagePolicy
 
 REGION = "<|region_token_start|><|x_1|><|y_2|><|x_3|><|y_4|><|region_token_end|>"
+REGIONS = [
+    f"<|region_token_start|><|x_{x}|><|y_2|><|x_{x + 2}|><|y_4|><|region_token_end|>"
+    for x in range(4)
+]
 CLIP = "<|clip_action_start|><|clip_action|><|clip_action_end|>"
 SAM = "<|seg_action_start|><|seg_action|><|seg_action_end|>"
 
@@ -90,7 +94,7 @@ def test_the_same_picture_is_encoded_once(image: Image.Image) -> None:
 
 
 def test_several_calls_in_one_turn_and_another_round(image: Image.Image) -> None:
-    agent = PerceptionAgent.from_script([REGION + SAM + REGION, CLIP, "Done."])
+    agent = PerceptionAgent.from_script([REGIONS[0] + SAM + REGIONS[1], CLIP, "Done."])
     answer = agent.run("Look.", image=image)
     assert answer.text == "Done."
     assert [c.name for c in answer.calls] == [
@@ -117,7 +121,7 @@ def test_several_calls_in_one_turn_and_another_round(image: Image.Image) -> None
     ],
 )
 def test_limits_are_outcomes(image: Image.Image, limits: Limits, name: str, calls: int) -> None:
-    agent = PerceptionAgent.from_script([REGION, REGION, REGION, REGION, "Enough."])
+    agent = PerceptionAgent.from_script([*REGIONS, "Enough."])
     answer = agent.run("Look.", image=image, limits=limits)
     assert name in [e.limit for e in names(answer.trace, "limit_reached")]
     assert len(answer.calls) == calls

@@ -27,13 +27,16 @@ class Stateful(PerceptionTool):
     """Keep a number."""
 
     name = "stateful"
-    closed = False
+    opened = closed = 0
+
+    def setup(self, device: str) -> None:
+        self.opened += 1
 
     def run(self, arguments: object, context: ToolContext) -> str:
         return "1"
 
     def close(self) -> None:
-        self.closed = True
+        self.closed += 1
 
 
 def plain(n: int) -> str:

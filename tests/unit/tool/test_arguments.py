@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from vpt_agent.errors import ModelRetry, ToolDefinitionError
 from vpt_agent.tool import GridBoxes, Norm1000Box, PixelBoxes, ToolArguments
-from vpt_agent.tool.arguments import argument_spec
+from vpt_agent.tool.arguments import argument_spec, read_values
 from vpt_agent.tool.text import one_line, split_docstring
 
 
@@ -40,7 +40,7 @@ def test_the_schema_is_short_and_says_what_it_must() -> None:
         ({}, "colour: Field required"),
         ({"colour": "red", "most": 0}, "most: Input should be greater than or equal to 1"),
         ({"colour": "red", "size": 3}, "size: Extra inputs are not permitted"),
-        ("red", "Input should be a valid dictionary or instance of Count"),
+        ("red", "Input should be an object"),
         ({"colour": ["\n"], "most": "many"}, "colour: .*string; most: .*integer"),
         (
             {"a": 1, "b": 2, "c": 3, "d": 4},
@@ -82,14 +82,30 @@ def test_one_box_or_several() -> None:
         ({"region": [1, 2, 3]}, "region.0: List should have at least 4 items"),
         ({"region": [[1, 2, 3, 4.5]]}, r"region\.0\.3: .*valid integer"),
         ({"region": [[0, 0, 1, 1]] * 17}, "region: List should have at most 16 items"),
-        ({"box": "all"}, "box: Input should be a valid list"),
-        ({"box": [float("inf")] * 3}, "box.0: List should have at least 4 items"),
+        ({"box": "all"}, "box: Input should be a valid array"),
+        (
+            {"box": [float("inf")] * 3, "at": None},
+            "^box: there is something in it that JSON cannot",
+        ),
         ({"at": [1, 2, 3, 4, 5]}, "at: List should have at most 4 items"),
     ],
 )
 def test_wrong_boxes_are_told(values: object, line: str) -> None:
     with pytest.raises(ModelRetry, match=line):
         argument_spec(Boxes, where="here").parse(values)
+
+
+def test_the_check_is_strict_and_what_is_near_is_read_before() -> None:
+    spec = argument_spec(Count, where="here")
+    with pytest.raises(ModelRetry, match=r"^most: Input should be a valid integer$"):
+        spec.parse({"colour": "red", "most": "3"})
+    parsed, repairs = read_values(spec, {"colour": "red", "most": "3"})
+    assert parsed == Count(colour="red", most=3)
+    assert repairs == ("most: '3' was read as 3",)
+    assert read_values(spec, {"colour": "a\ud800b"}) == (Count(colour="a?b"), ())
+    for values in ([1], None, {"colour": object()}, {"colour": float("nan")}):
+        with pytest.raises(ModelRetry, match=r"object|JSON"):
+            read_values(spec, values)
 
 
 def test_boxes_say_their_frame_in_the_schema() -> None:

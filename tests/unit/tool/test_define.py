@@ -7,10 +7,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pytest
+from PIL import Image
 from pydantic import Field
 
 from vpt_agent.errors import ToolDefinitionError
-from vpt_agent.tool import PerceptionTool, ToolArguments, ToolContext, perception_tool
+from vpt_agent.tool import (
+    Cancelled,
+    ControlState,
+    Deadline,
+    FromContext,
+    OriginalView,
+    PerceptionTool,
+    Rng,
+    SourceView,
+    ToolArguments,
+    ToolContext,
+    execute,
+    perception_tool,
+)
+from vpt_agent.types import Box, ToolCall, View
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -59,7 +74,7 @@ def test_a_function_is_a_tool() -> None:
 
 def test_the_function_can_still_be_called() -> None:
     assert count(ToolContext(), "red") == "red 10 published None"
-    arguments = count.spec.parse({"colour": "blue", "most": "3"})
+    arguments = count.spec.parse({"colour": "blue", "most": 3})
     assert count.run(arguments, ToolContext(regions="cover")) == "blue 3 cover None"  # type: ignore[arg-type]
 
 
@@ -75,7 +90,8 @@ def test_options_are_kept() -> None:
         description="Said here.",
         needs={"encoder:clip"},
         timeout=None,
-        batch_size=4,
+        concurrency=2,
+        always_run=True,
         device="cpu",
         max_retries=0,
         licence="MIT",
@@ -86,8 +102,8 @@ def test_options_are_kept() -> None:
 
     got = (function.full_name, function.description, function.needs, function.timeout)
     assert got == ("other@3", "Said here.", {"encoder:clip"}, None)
-    rest = (function.batch_size, function.device, function.max_retries)
-    assert rest == (4, "cpu", 0)
+    rest = (function.concurrency, function.always_run, function.device, function.max_retries)
+    assert rest == (2, True, "cpu", 0)
     assert (function.licence, function.extra) == ("MIT", "yolo")
 
 
@@ -250,8 +266,9 @@ def fine(n: int) -> str:
         ({"version": 0}, "version of a tool is a number.*got: 0; expected: 1 or more"),
         ({"needs": {"eyes"}}, r"needs something that is not known.*got: \['eyes'\]"),
         ({"timeout": 0}, "timeout is a number of seconds; .*got: 0"),
-        ({"batch_size": 0}, "impossible numbers.*batch_size=0"),
-        ({"max_retries": -1}, "impossible numbers.*max_retries=-1"),
+        ({"concurrency": 0}, "impossible number; .*got: 'concurrency=0'; expected: concurrency >="),
+        ({"concurrency": 1.5}, "impossible number.*concurrency=1.5"),
+        ({"max_retries": -1}, "impossible number.*max_retries=-1"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], text: str) -> None:
@@ -380,3 +397,77 @@ def test_the_table_of_kinds_names_valid_tools() -> None:
         "reencode_dino",
         "reencode_sam",
     }
+
+
+@perception_tool
+def peek(
+    view: SourceView,
+    original: OriginalView,
+    rng: Rng,
+    until: Deadline,
+    stop: Cancelled,
+    n: int = 1,
+) -> str:
+    """Look.
+
+    Args:
+        view: (filled in)
+        n: how often
+    """
+    return f"{view.id} of {original.id} {n} {rng.random():.3f} {until} {stop.is_set()}"
+
+
+def test_parts_of_the_context_are_filled_in_and_never_seen() -> None:
+    properties = peek.json_schema()["properties"]
+    assert list(properties) == ["n", "source"]  # type: ignore[arg-type]
+    assert properties["source"]["description"].startswith("id of the picture")  # type: ignore[index,call-overload,union-attr]
+    assert peek.needs == {"view"}
+    whole = View("image_1", Image.new("RGB", (9, 9)), "image_1", Box(0, 0, 9, 9), (9, 9))
+    part = View("c1", whole.image, "image_1", whole.box, (9, 9), parent="image_1")
+    context = ToolContext(views={"image_1": whole, "c1": part}, deadline=None)
+    results = [
+        execute(peek, ToolCall("x", "peek", arguments, "json"), lambda: context)
+        for arguments in ({}, {"source": "c1", "n": 2})
+    ]
+    assert results[0].text == "image_1 of image_1 1 0.844 None False"
+    assert results[1].text == "c1 of image_1 2 0.758 None False"
+
+
+def test_a_source_of_the_function_s_own_is_left_alone() -> None:
+    @perception_tool
+    def own(view: SourceView, source: str) -> str:
+        """Look."""
+        return f"{view.id} {source}"
+
+    assert own.json_schema()["required"] == ["source"]
+    view = View("v", Image.new("RGB", (9, 9)), "v", Box(0, 0, 9, 9), (9, 9))
+    call = ToolCall("x", "own", {"source": "v"}, "json")
+    assert execute(own, call, lambda: ToolContext(views={"v": view})).text == "v v"
+
+
+def test_what_needs_the_control_state_says_so() -> None:
+    @perception_tool
+    def feel(control: ControlState, device: Annotated[str, FromContext("device")]) -> str:
+        """Feel."""
+        return f"{control} {device}"
+
+    assert feel.needs == {"control"}
+    assert feel.run(feel.spec.parse({}), ToolContext(control=7)) == "7 cpu"  # type: ignore[arg-type]
+
+
+def test_a_view_is_no_argument_and_the_context_has_no_more_than_it_has() -> None:
+    def bare(view: View) -> str:
+        """Look."""
+        return ""
+
+    with pytest.raises(
+        ToolDefinitionError, match=r"cannot send a View; .*got: view; do: view: Sour"
+    ):
+        perception_tool(bare)
+
+    def odd(colour: Annotated[str, FromContext("colour")]) -> str:
+        """Look."""
+        return ""
+
+    with pytest.raises(ToolDefinitionError, match=r"no such attribute.*got: colour: colour"):
+        perception_tool(odd)

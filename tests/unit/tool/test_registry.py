@@ -89,12 +89,24 @@ def test_what_the_user_is_told_about_a_tool_that_is_not_there() -> None:
         ToolRegistry()["good"]
 
 
-def test_closing_closes_every_tool() -> None:
+def test_closing_closes_every_tool_that_is_set_up() -> None:
     tools = ToolRegistry([plugins.good, plugins.Stateful])
-    tools.close()
     stateful = tools["stateful"]
     assert isinstance(stateful, plugins.Stateful)
-    assert stateful.closed
+    tools.close()
+    assert (stateful.opened, stateful.closed) == (0, 0)
+    stateful.prepare("cpu")
+    tools.close()
+    tools.close()
+    assert (stateful.opened, stateful.closed) == (1, 1)
+    stateful.prepare("cpu")
+    assert (stateful.opened, stateful.closed) == (2, 1)
+
+
+def test_a_class_is_made_once_in_a_process() -> None:
+    one = ToolRegistry([plugins.Stateful])["stateful"]
+    assert ToolRegistry([plugins.Stateful])["stateful"] is one
+    assert ToolRegistry([plugins.Stateful()])["stateful"] is not one
 
 
 def entries(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
