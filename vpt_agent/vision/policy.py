@@ -6,12 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from vpt_agent.errors import UserError
 
 Size = tuple[int, int]
-PolicyKind = Literal["published", "fit"]
+PolicyKind = Literal["published", "fit", "native"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -83,6 +83,11 @@ class ImagePolicy:
     pictures grow, ``crop_upscale`` crops (None: as ``upscale``). ``min_pixels`` and ``max_pixels``
     bound the area here too.
 
+    ``native``: as the image processors of Qwen-VL models of transformers: sides rounded to whole
+    tokens, ``min_pixels`` and ``max_pixels`` on the area, in one antialiased resize from the
+    original pixels; ``longest`` means nothing. An aspect above 200, which those refuse, is squeezed
+    as published.
+
     ``mean`` and ``std`` normalise RGB in 0..1; ``temporal`` repeats a picture in time.
     """
 
@@ -100,8 +105,9 @@ class ImagePolicy:
     temporal: int = 2
 
     def __post_init__(self) -> None:
-        if self.kind not in ("published", "fit"):
-            raise UserError("unknown image policy", got=self.kind, expected="published or fit")
+        if self.kind not in get_args(PolicyKind):
+            known = ", ".join(get_args(PolicyKind))
+            raise UserError("unknown image policy", got=self.kind, expected=known)
         sides = {"longest": self.longest, "crop_longest": self.crop_longest or self.longest}
         for name, side in sides.items():
             if side < self.step:
@@ -144,6 +150,13 @@ class ImagePolicy:
             pre_sizes = published_stages(size, self.longest)
             before = pre_sizes[-1] if pre_sizes else size
             target = self._round(before[0], before[1])
+        elif self.kind == "native":
+            before = limit_aspect(size)
+            pre_sizes = () if before == size else (before,)
+            step = self.step
+            # No side is raised to one token here: the bound on the area does that, as theirs.
+            sides = (round(before[0] / step) * step, round(before[1] / step) * step)
+            target = self._bound(before[0], before[1], sides)
         else:
             pre_sizes = ()
             longest = self.crop_longest or self.longest if crop else self.longest
