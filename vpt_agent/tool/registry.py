@@ -45,6 +45,7 @@ class Installed:
     name: str
     owner: str
     tool: PerceptionTool
+    package: str = ""
 
 
 def installed_tools(group: str = GROUP) -> list[Installed | FailedTool]:
@@ -53,7 +54,8 @@ def installed_tools(group: str = GROUP) -> list[Installed | FailedTool]:
     for point in sorted(entry_points(group=group), key=lambda p: (p.name, p.value)):
         owner = _entry_owner(point)
         try:
-            found.append(Installed(point.name, owner, _as_tool(point.load(), owner)))
+            package = point.dist.name if point.dist else ""
+            found.append(Installed(point.name, owner, _as_tool(point.load(), owner), package))
         except Exception as error:
             # A stranger's package can fail in any way; it must not take the others with it.
             detail = "".join(traceback.format_exception(error))
