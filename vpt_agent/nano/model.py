@@ -256,7 +256,7 @@ def _pointing(weights: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, float]
     """
     on_tag = (weights.float() * batch["spot"][:, None, None, :]).sum(-1)
     chosen = on_tag.transpose(1, 2)[batch["asking"]]
-    return -(chosen + 1e-4).log().mean(), float(chosen.mean())
+    return -(chosen + 1e-4).log().mean(), float(chosen.detach().mean())
 
 
 def naming(model: Any, seen: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:

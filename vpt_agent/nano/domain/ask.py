@@ -54,9 +54,10 @@ class QuestionType:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a scene. ``boxes`` (scene pixels) hold what decides the answer: the tags
+    """A question about a scene. ``boxes`` (scene pixels) hold what another look must show: the tags
 
-    to be read, or the marks to be seen; ``tags`` are those tags' numbers, in the same order.
+    to be read, or the marks to be seen. ``tags`` are the numbers of the tags that decide the
+    answer, in the same order where there are boxes.
     """
 
     type: QuestionType
@@ -184,33 +185,34 @@ def _two_looks(scene: DomainScene, kind: QuestionType, rng: random.Random) -> As
 
 
 def _colour_of(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked | None:
-    able = [(t, names) for t in scene.tags if (names := _by_place(t))]
+    able = [(i, names) for i, t in enumerate(scene.tags) if (names := _by_place(t))]
     if not able:
         return None
-    tag, names = rng.choice(able)
+    number, names = rng.choice(able)
     form = rng.choice(FORMS[kind.name])
-    return Asked(kind, form.format(rng.choice(names)), tag.tag.style.colour)
+    answer = scene.tags[number].tag.style.colour
+    return Asked(kind, form.format(rng.choice(names)), answer, tags=(number,))
 
 
 def _shape_of(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked | None:
-    able: dict[str, list[tuple[MarkedTag, list[str]]]] = {}
-    for tag in scene.tags:
+    able: dict[str, list[tuple[int, list[str]]]] = {}
+    for number, tag in enumerate(scene.tags):
         shape = tag.tag.style.shape
         # A name that says the shape would say the answer.
         names = [f"the {a}tag{s}" for a, s in tag.names if shape not in a]
         if names:
-            able.setdefault(shape, []).append((tag, names))
+            able.setdefault(shape, []).append((number, names))
     if not able:
         return None
     shape = rng.choice(sorted(able))
-    _, names = rng.choice(able[shape])
+    number, names = rng.choice(able[shape])
     form = rng.choice(FORMS[kind.name])
-    return Asked(kind, form.format(rng.choice(names)), shape)
+    return Asked(kind, form.format(rng.choice(names)), shape, tags=(number,))
 
 
 def _count_tags(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked | None:
     form = rng.choice(FORMS[kind.name])
-    return Asked(kind, form, str(len(scene.tags)))
+    return Asked(kind, form, str(len(scene.tags)), tags=tuple(range(len(scene.tags))))
 
 
 def _is_there(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Asked | None:
@@ -218,7 +220,8 @@ def _is_there(scene: DomainScene, kind: QuestionType, rng: random.Random) -> Ask
     yes = rng.random() < 0.5
     colour = rng.choice(there if yes else sorted(set(COLOURS) - set(there)))
     form = rng.choice(FORMS[kind.name])
-    return Asked(kind, form.format(colour), "yes" if yes else "no")
+    bearing = tuple(i for i, t in enumerate(scene.tags) if t.tag.style.colour == colour)
+    return Asked(kind, form.format(colour), "yes" if yes else "no", tags=bearing)
 
 
 # --- looking at all of it again -------------------------------------------------------------------

@@ -28,7 +28,8 @@ from vpt_agent.nano.domain.marks import MARKS
 from vpt_agent.nano.domain.sight import AGAIN
 from vpt_agent.nano.domain.table import TABLE, VISUAL_TOKENS
 from vpt_agent.nano.pool import Pixels
-from vpt_agent.nano.second.labels import CELL, again_labels, in_block_order, spots
+from vpt_agent.nano.questions import every_name
+from vpt_agent.nano.second.labels import CELL, again_labels, in_block_order, on_tags, spots
 from vpt_agent.nano.second.model import token_labels
 from vpt_agent.nano.second.pool import AskedRecord, DomainPool, DomainRecord
 from vpt_agent.nano.second.stickers import Stickers
@@ -47,10 +48,27 @@ from vpt_agent.tokens.table import END_OF_TEXT
 
 Stage = Literal["see", "talk"]
 Batch = dict[str, Any]
-# Kinds of batches in turn. See: characters, then marks by each encoder.
+# Kinds of batches in turn. See: characters, then marks by each encoder. Talk: "see" shows the
+# projectors of clip and sam a view full of stickers. A visual token of theirs is many cells, and
+# the few marks of real scenes took them hundreds of batches to learn, those of dino's 25.
 PLAN: Final[dict[Stage, tuple[str, ...]]] = {
     "see": ("chars", "clip", "chars", "clip", "dino", "chars", "clip", "sam"),
-    "talk": ("region", "clip", "none", "dino", "region", "sam", "two_looks", "read"),
+    "talk": (
+        "clip",
+        "none",
+        "see sam",
+        "dino",
+        "region",
+        "sam",
+        "none",
+        "see clip",
+        "two_looks",
+        "dino",
+        "clip",
+        "sam",
+        "none",
+        "read",
+    ),
 }
 WINDOW: Final = 168
 """Side of the windows cut out of the clip view: 12 patches around a mark."""
@@ -58,7 +76,7 @@ MORE: Final = 180
 """So many stickers are put into a view in the stage see, where there is room for them."""
 SHIFT: Final = 20
 """Whole views are moved by up to so many pixels in the stage see."""
-HIDE: Final = 0.5
+HIDE: Final = 0.3
 """Share of re-encoding rows whose question is masked after its control state was taken."""
 
 
@@ -103,6 +121,8 @@ class SecondBatches(IterableDataset[Batch]):
             return self._windows(pool, rng) if kind == "clip" else self._whole(pool, rng, kind)
         if kind in AGAIN:
             return self._again(pool, rng, kind)
+        if kind.startswith("see "):
+            return self._projected(pool, rng, kind.removeprefix("see "))
         return self._plain(pool, rng, kind)
 
     def _stickers(self, kind: str) -> Stickers:
@@ -170,6 +190,13 @@ class SecondBatches(IterableDataset[Batch]):
             "name": kind,
         }
 
+    def _projected(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
+        """Views full of stickers whose visual tokens are to tell them."""
+        batch = self._windows(pool, rng) if kind == "clip" else self._whole(pool, rng, kind)
+        cells = (WINDOW if kind == "clip" else AGAIN[kind]) // CELL[kind]
+        tokens = token_labels(batch["again_labels"], kind, cells)
+        return batch | {"projected_labels": tokens, "name": f"see_{kind}"}
+
     # --- conversations --------------------------------------------------------------------------
 
     def _asked(self, record: DomainRecord, group: str) -> list[AskedRecord]:
@@ -180,6 +207,7 @@ class SecondBatches(IterableDataset[Batch]):
     def _plain(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
         """Rows of regions, of two regions, or without a call."""
         images, items, asked = _Images(), list[tuple[Encoded, list[int]]](), []
+        shown: list[tuple[DomainRecord, Pixels, list[int]]] = []
         reading = kind == "read"
         group = "region" if reading else kind
         while len(items) < self.size:
@@ -211,11 +239,32 @@ class SecondBatches(IterableDataset[Batch]):
                         asked.append((tags[0], record.scene, view))
                 pieces.append((answer + END, True))
                 items.append((self.encoder.encode_again(pieces, grids, 0), views))
+                shown.append((record, view, question.tags))
         batch: Batch = collate(images, items, self.pad) | images.labels()
         if group == "region" and len(asked) == len(items):
             found_spots = asked_tags(batch, asked, self.encoder)
             batch |= {k: found_spots[k] for k in ("spot", "asking")}
+        if kind == "none":
+            batch |= self._told(batch, shown)
         return {**batch, "name": kind, "first_reply": _first_reply(batch, self.encoder, kind)}
+
+    def _told(
+        self, batch: Batch, shown: list[tuple[DomainRecord, Pixels, list[int]]]
+    ) -> dict[str, torch.Tensor]:
+        """Which visual tokens lie on the tags that a question is about, and from where to look."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        spot, asking = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
+        names = torch.tensor(sorted({self.encoder.ids_of(f" {w}")[-1] for w in every_name()}))
+        for row, (record, view, tags) in enumerate(shown):
+            grid = torch.from_numpy(on_tags(record, tags, *token_grid(view)))
+            start = int((ids[row] == self.encoder.image).nonzero()[0])
+            spot[row, start : start + grid.numel()] = grid.flatten()
+            learnt = int((labels[row] != -100).nonzero()[0])
+            named = torch.isin(ids[row, :learnt], names).nonzero()[:, 0]
+            first = int(named[-1]) if len(named) else learnt - 1
+            if tags:
+                asking[row, first:learnt] = True
+        return {"spot": spot, "asking": asking}
 
     def _again(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
         images, items = _Images(), list[tuple[Encoded, list[int]]]()
@@ -329,7 +378,7 @@ def _control(
         spot[row, places] = torch.from_numpy(marks).bool()
         if marks.any():
             learnt = (batch["labels"][row] != -100).nonzero()[:, 0]
-            asking[row, int(learnt[learnt > places[-1]][0]) - 1] = True
+            asking[row, int(places[-1]) + 1 : int(learnt[learnt > places[-1]][0])] = True
     return {
         "start": start,
         "hidden": hidden,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vpt_agent.nano.alphabet import COLOURS, SHAPES
 from vpt_agent.nano.batches import Labels, _block_order
@@ -13,6 +14,7 @@ from vpt_agent.nano.domain.sight import Pixels, place_in
 from vpt_agent.nano.second.pool import DomainRecord
 from vpt_agent.nano.views import PATCH
 
+Flags = NDArray[np.bool_]
 CELL: Final = {"clip": PATCH, "dino": 2 * PATCH, "sam": 8}
 """Side of a labelled cell in pixels of the view: a patch of each encoder."""
 TOKEN: Final = {"clip": 2 * PATCH, "dino": 2 * PATCH, "sam": 32}
@@ -73,3 +75,15 @@ def spots(record: DomainRecord, kind: str, view: Pixels, tags: list[int]) -> Lab
             x, y = record.marks[number].at[kind]
             grid[min(int(y // side), len(grid) - 1), min(int(x // side), grid.shape[1] - 1)] = 1
     return grid.reshape(-1)
+
+
+def on_tags(record: DomainRecord, tags: list[int], rows: int, columns: int) -> Flags:
+    """(rows, columns): which visual tokens of the first look lie on these tags."""
+    sx, sy = columns / record.scene.size[0], rows / record.scene.size[1]
+    grid = np.zeros((rows, columns), dtype=np.bool_)
+    for number in tags:
+        x0, y0, x1, y1 = record.marks[number].box
+        left, right = int(x0 * sx + 0.25), int(x1 * sx + 0.75)
+        top, bottom = int(y0 * sy + 0.25), int(y1 * sy + 0.75)
+        grid[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+    return grid

@@ -108,6 +108,7 @@ class Second(nn.Module):
             "sam": int(ENCODERS["seg"]["output_channels"]),
         }
         self.marks = nn.ModuleDict({kind: MarkHead(width) for kind, width in widths.items()})
+        self.told = nn.ModuleDict({kind: MarkHead(text) for kind in ("clip", "sam")})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As any module's, but the output embedding, which is the input embedding, only once."""
@@ -115,9 +116,12 @@ class Second(nn.Module):
         return {name: value for name, value in state.items() if name != _TIED}
 
     def load_weights(self, state: dict[str, Tensor], *, where: object = None) -> None:
-        """Load what :meth:`state_dict` gave; anything else is a :class:`CheckpointError`."""
+        """Load what :meth:`state_dict` gave; anything else is a :class:`CheckpointError`.
+
+        The heads on visual tokens, which the stage see does not have, may be missing.
+        """
         missing, unexpected = self.load_state_dict(state, strict=False)
-        lost = [name for name in missing if name != _TIED]
+        lost = [name for name in missing if name != _TIED and not name.startswith("told.")]
         if lost or unexpected:
             raise CheckpointError(
                 "these weights are not of the second version",
@@ -158,6 +162,9 @@ class Second(nn.Module):
                 marks, found = self.marks["clip"](states[again], batch["again_labels"])
                 loss = loss + marks
                 metrics |= {f"clip_{k}": v for k, v in found.items()}
+                if "projected_labels" in batch:
+                    told, found = self.told["clip"](base, batch["projected_labels"])
+                    loss, metrics = loss + told, {f"clip_token_{k}": v for k, v in found.items()}
         other = None
         if kind in ("dino", "sam"):
             tokens = self.encoded(kind, batch["pixels"])
@@ -167,6 +174,11 @@ class Second(nn.Module):
             )
             loss = loss + marks
             metrics |= {f"{kind}_{k}": v for k, v in found.items()}
+            if "projected_labels" in batch:
+                told, found = self.told[kind](
+                    self.features(kind, tokens), batch["projected_labels"]
+                )
+                loss, metrics = loss + told, {f"{kind}_token_{k}": v for k, v in found.items()}
             if "again_index" in batch:
                 other = self.features(kind, tokens).float()
         return base, other, loss, metrics
@@ -179,7 +191,7 @@ class Second(nn.Module):
             base, other, dense, metrics = self._seen(batch)
             if "input_ids" not in batch:
                 return dense, metrics
-            embeds, places = self._embeds(batch, base, other)
+            embeds, places, matched = self._embeds(batch, base, other)
             text = self.vpt.model
             states, seen, looks = text_states(text, embeds, batch["position_ids"])
             targets = batch["labels"][:, 1:]
@@ -198,6 +210,9 @@ class Second(nn.Module):
                 both = {"spot": batch[f"spot{spot}"], "asking": batch[f"asking{spot}"]}
                 pointing, metrics[f"{name}_pointing{spot}"] = _pointing(looks, both)
                 loss = loss + pointing
+        if matched is not None and bool(batch["asking_again"].any()):
+            chosen_loss, metrics[f"{name}_matched"] = _matching(matched, batch["spot_again"])
+            loss = loss + chosen_loss
         if places is not None:
             said, found = self._naming(seen[places], batch["token_labels"], batch["words"])
             loss, metrics = (
@@ -208,14 +223,17 @@ class Second(nn.Module):
 
     def _embeds(
         self, batch: dict[str, Any], base: Tensor, other: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Input embeddings with all pictures in place, and where features lie, if any."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Input embeddings with all pictures in place, where features lie, if any, and how well
+
+        each matches its row's condition (rows, length).
+        """
         ids = batch["input_ids"]
         embeds = self.vpt.model.embed_tokens(ids)
         images = (ids == self.vpt.config.image_token_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(images, base[batch["image_index"]])
         if "again_index" not in batch:
-            return embeds, None
+            return embeds, None, None
         kind, start = batch["kind"], batch["start"]
         rows = torch.arange(len(ids))
         # The control state needs the prefix only: what stands up to the action's start.
@@ -226,13 +244,16 @@ class Second(nn.Module):
         features = (base if other is None else other)[batch["again_index"]]
         places = ids == batch["placeholder"]
         own = condition[places.nonzero()[:, 0]]
-        features = features + (features * own).sum(-1, keepdim=True) * own
+        match = (features * own).sum(-1, keepdim=True)
+        features = features + match * own
         # Masked as published: of the question only the control state is left.
         embeds = embeds * (~batch["hidden"]).unsqueeze(-1)
         embeds = embeds.masked_scatter(places.unsqueeze(-1), features)
         at = torch.zeros_like(ids, dtype=torch.bool)
         at[rows, start + 1] = True
-        return embeds.masked_scatter(at.unsqueeze(-1), control), places
+        matched = torch.full(ids.shape, -torch.inf)
+        matched = matched.masked_scatter(places, match.squeeze(-1))
+        return embeds.masked_scatter(at.unsqueeze(-1), control), places, matched
 
     def _naming(self, seen: Tensor, labels: Tensor, words: Tensor) -> tuple[Tensor, Metrics]:
         """As :func:`vpt_agent.nano.model.naming`, for features: marks, colours and shapes."""
@@ -244,9 +265,21 @@ class Second(nn.Module):
             if not bool(on.any()):
                 continue
             logits = seen.float()[on] @ own.T
-            loss = loss + functional.cross_entropy(logits, wanted[on] - 1)
+            weight = 2.0 if name == "mark" else 1.0
+            loss = loss + weight * functional.cross_entropy(logits, wanted[on] - 1)
             metrics[f"says_{name}"] = float((logits.argmax(-1) == wanted[on] - 1).float().mean())
         return loss, metrics
+
+
+def _matching(matched: Tensor, spot: Tensor) -> tuple[Tensor, float]:
+    """Loss that makes the condition pick out, among the features, those that were asked for.
+
+    ``matched`` (rows, length) is f . c of each feature, -inf elsewhere. The state knows the
+    question; the attention after the features, which does not, looked at all marks alike.
+    """
+    rows = spot.any(1)
+    share = (matched[rows].softmax(1) * spot[rows]).sum(1)
+    return -(share + 1e-4).log().mean(), float(share.detach().mean())
 
 
 def parameter_count(model: nn.Module) -> int:

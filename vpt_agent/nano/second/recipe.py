@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=16, help="rows or pictures of a batch")
     parser.add_argument("--plan", help="kinds of batches in turn, with commas; for trials")
     parser.add_argument("--rate", type=float, help="peak learning rate of the stage")
+    parser.add_argument("--begin", type=Path, help="weights file to begin the stage with")
     parser.add_argument("--first", type=Path, help="first version's checkpoint, for see")
     parser.add_argument("--only", choices=("clip", "dino", "sam"), help="one encoder, for see")
     options = parser.parse_args(arguments)
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         first=options.first,
         only=options.only,
         rate=options.rate,
+        begin=options.begin,
     )
 
 

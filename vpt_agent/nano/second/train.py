@@ -74,7 +74,9 @@ class _SecondTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
 
-def load_second(out: Path, stage: Stage, first: Path | None = None) -> Second:
+def load_second(
+    out: Path, stage: Stage, first: Path | None = None, begin: Path | None = None
+) -> Second:
     """The model that a stage begins with: fresh, or what the stage before it has learnt.
 
     ``first`` is a checkpoint of the first version, from which the first stage goes on. Where the
@@ -82,6 +84,11 @@ def load_second(out: Path, stage: Stage, first: Path | None = None) -> Second:
     """
     torch.manual_seed(SEED)
     model = Second(build_second(second_tokenizer()))
+    if begin is not None:
+        if not begin.is_file():
+            raise CheckpointError("there are no such weights to begin with", where=begin)
+        model.load_weights(load_file(begin), where=begin)
+        return model
     if stage == "see":
         if first is not None:
             take_first(model, first)
@@ -183,13 +190,14 @@ def train_second(
     first: Path | None = None,
     only: str | None = None,
     rate: float | None = None,
+    begin: Path | None = None,
 ) -> Path:
     """Train a stage into ``out/STAGE`` from the scenes in ``out/pool``; gives the weights' file.
 
     ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
     schedule's length, ``rate`` its peak; ``plan`` replaces the kinds of batches in turn. ``only``
     runs the stage see for one encoder, into ``out/see-KIND``: they share nothing, so they can run
-    side by side.
+    side by side. ``begin`` is a weights file of the second version to begin with instead.
     """
     config = STAGES[stage]
     config = replace(config, rate=rate or config.rate)
@@ -198,7 +206,7 @@ def train_second(
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     last = get_last_checkpoint(str(directory)) if resume else None
-    model = load_second(out, stage, first)
+    model = load_second(out, stage, first, begin)
     done = int(last.rsplit("-", 1)[1]) if last else 0
     arguments = _arguments(directory, config, steps or config.steps)
     data = SecondBatches(stage, out / "pool", SecondEncoder(second_tokenizer()), size, done, plan)
