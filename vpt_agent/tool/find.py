@@ -55,7 +55,7 @@ def _tools_in(module: ModuleType) -> list[str]:
         if not issubclass(cls, PerceptionTool) or not cls.__module__ or name.startswith("_"):
             continue
         owner = value.owner if isinstance(value, PerceptionTool) else f"{cls.__module__}."
-        if owner.startswith(f"{module.__name__}.") and getattr(value, "name", ""):
+        if owner.startswith(f"{module.__name__}.") and value.name:
             found.append(name)
     return found
 
