@@ -202,7 +202,8 @@ class Usage:
         }
 
 
-RunStatus = Literal["answered", "limit", "failed"]
+RunStatus = Literal["answered", "limit", "failed", "refused"]
+"""``refused``: a server's model would not answer; its words are the answer's text."""
 
 
 @dataclass(frozen=True)

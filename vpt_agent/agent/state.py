@@ -88,7 +88,6 @@ class Progress:
     calls: list[ToolCall] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
-    text: list[int] = field(default_factory=list)
     tokens: int = 0
     rounds: int = 0
     failures: int = 0

@@ -175,9 +175,8 @@ class Talk:
         self._state.session.intervention = intervention
         run = f"run_{len(self.trace.runs) + 1}"
         recorder = Recorder(self.trace, run, agent.layout.raw_text)
-        steps = Run(
-            request, self._state, agent.layout, agent.dispatcher, recorder, on_token=on_token
-        ).steps()
+        voice = agent.voice(request, self._state, recorder, on_token)
+        steps = Run(request, self._state, voice, agent.dispatcher, recorder).steps()
         return self._answered(steps)
 
     def _answered(self, steps: Steps) -> Steps:
