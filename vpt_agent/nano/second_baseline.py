@@ -27,10 +27,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vpt_agent.nano.batches import Labels, _Images, asked_tags, collate, token_grid, whole_labels
 from vpt_agent.nano.conversation import Encoded
+from vpt_agent.nano.domain.ask import GROUPS
 from vpt_agent.nano.domain.sight import AGAIN
 from vpt_agent.nano.domain.table import TABLE
 from vpt_agent.nano.pool import Pixels, TagRecord
-from vpt_agent.nano.second.batches import Batch, SecondBatches
+from vpt_agent.nano.second.batches import PLAN, Batch, SecondBatches
 from vpt_agent.nano.second.labels import again_labels, in_block_order, spots
 from vpt_agent.nano.second.model import Second
 from vpt_agent.nano.second.pool import AskedRecord, DomainPool, DomainRecord
@@ -61,7 +62,9 @@ class BaselineBatches(SecondBatches):
     def __init__(
         self, view: View, pool: Path, encoder: SecondEncoder, size: int = 16, start: int = 0
     ) -> None:
-        super().__init__("talk", pool, encoder, size, start)
+        # Batches of dense labels alone have no questions; here every batch has those labels.
+        plan = [k for k in PLAN["talk"] if _GROUPS.get(k, k) in GROUPS]
+        super().__init__("talk", pool, encoder, size, start, plan)
         self.view = view
 
     def batch(self, pool: DomainPool, number: int) -> Batch:
