@@ -18,11 +18,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from vpt_agent.nano.batches import Labels, _Images, asked_tags, collate, token_grid, whole_labels
@@ -131,16 +131,6 @@ class BaselineBatches(SecondBatches):
         return {"spot_again": spot, "asking_again": asking}
 
 
-class _BaselineTrainer(_SecondTrainer):
-    """Loads a checkpoint by itself: Trainer warns of the tied embedding that is saved once, and
-    fails at that for a module that is not its own."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        source = Path(resume_from_checkpoint) / "model.safetensors"
-        core: Any = self.model if model is None else model
-        core.load_weights(load_file(source), where=source)
-
-
 def visual_tokens(pool: DomainPool, view: View) -> float:
     """Visual tokens of a view, on average over a pool."""
     places = [r.again[LARGE] if view == "large" else r.scene.whole for _, r in pool.records]
@@ -177,7 +167,7 @@ def train_baseline(
     def export() -> None:
         save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / WEIGHTS)
 
-    trainer = _BaselineTrainer(
+    trainer = _SecondTrainer(
         model=model,
         args=_arguments(directory, config, steps or config.steps),
         train_dataset=data,

@@ -50,6 +50,13 @@ class _SecondTrainer(Trainer):  # type: ignore[misc]
 
     found: dict[str, list[float]]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Trainer's own warns of the tied embedding, which is saved once, and fails at that for a
+        # module that is not its own.
+        source = Path(resume_from_checkpoint) / "model.safetensors"
+        core: Any = self.model if model is None else model
+        core.load_weights(load_file(source), where=source)
+
     def compute_loss(
         self,
         model: nn.Module,
