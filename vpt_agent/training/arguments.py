@@ -58,9 +58,7 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
         "disable_tqdm": True,
     }
     if config.gradient_checkpointing:
-        known = {field.name for field in fields(TrainingArguments)}
-        new = "activation_checkpointing"
-        name = new if new in known else "gradient_checkpointing"
+        name = _checkpointing()
         values |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     try:
         made = TrainingArguments(**(values | config.trainer))
@@ -75,6 +73,13 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
             fix="start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES=0",
         )
     return made
+
+
+def _checkpointing() -> str:
+    """What the installed transformers calls gradient checkpointing."""
+    known = {field.name for field in fields(TrainingArguments)}
+    new = "activation_checkpointing"
+    return new if new in known else "gradient_checkpointing"
 
 
 def _has(package: str) -> bool:

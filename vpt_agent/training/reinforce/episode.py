@@ -131,6 +131,7 @@ def _choices(event: Decoded, offset: int, table: ResolvedTable) -> Iterator[Choi
     for number, (token, source) in enumerate(tokens):
         opening = number == 0
         allowed, banned = rules.constraint(state, opening=opening, started=started)
+        assert allowed is None or isinstance(allowed, frozenset)  # of perception tokens: ids
         before = state
         state, _ = rules.grammar.step(state, token)
         if before.kind is None and state.kind is not None:
