@@ -1,6 +1,7 @@
-"""The VPT model on transformers' Qwen2-VL classes. Importing this tells the Auto classes of it."""
+"""The VPT model on transformers' Qwen-VL classes. Importing this tells the Auto classes of it."""
 
 from vpt_agent.model.configuration import VPTConfig, perception_manifest
+from vpt_agent.model.fresh import config_on_base
 from vpt_agent.model.modeling import VPTForConditionalGeneration, VPTOutput
 from vpt_agent.model.own_kind import AddedKind, add_perception_kind, mark_trained
 from vpt_agent.model.processing import VPTProcessor
@@ -15,6 +16,7 @@ __all__ = [
     "VPTOutput",
     "VPTProcessor",
     "add_perception_kind",
+    "config_on_base",
     "mark_trained",
     "perception_manifest",
 ]

@@ -1,8 +1,9 @@
 """Checkpoint directories: found, checked, and loaded without losing or inventing a weight.
 
 Three kinds are read: published VPT checkpoints as they lie on the hub, those that
-``save_pretrained`` writes (the same key names, safetensors), and plain Qwen2-VL checkpoints, which
-become fresh VPT models. transformers loads the weights; here stands what it would let pass.
+``save_pretrained`` writes (the same key names, safetensors), and plain checkpoints of the base
+models (Qwen2-VL, Qwen2.5-VL, Qwen3-VL), which become fresh VPT models. transformers loads the
+weights; here stands what it would let pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from vpt_agent.errors import CheckpointError, UserError
-from vpt_agent.model.configuration import VPTConfig
+from vpt_agent.model.bases import BASES
+from vpt_agent.model.configuration import OUR_MODEL_TYPES, VPTConfig
 from vpt_agent.model.fresh import FromScratch, fresh_config, grow_embeddings, initialise_fresh
 from vpt_agent.model.published import PUBLISHED_MODEL_TYPES
 
@@ -33,13 +35,13 @@ if TYPE_CHECKING:
 HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 """Options of ``from_pretrained`` that say how to get files from the hub."""
 
-PLAIN_MODEL_TYPES = ("qwen2_vl",)
-OUR_MODEL_TYPES = (VPTConfig.model_type, *PUBLISHED_MODEL_TYPES)
+PLAIN_MODEL_TYPES = tuple(BASES)
+VPT_MODEL_TYPES = (*OUR_MODEL_TYPES, *PUBLISHED_MODEL_TYPES)
 
 KEY_RENAMES: Mapping[str, str] = {
     # The CLIP checkpoint's projector has the name of an earlier stage of the release.
     r"^depth_projector\.": "clip_projector.",
-    # transformers' own layout of Qwen2-VL, which some checkpoints were saved in.
+    # transformers' own layout: Qwen3-VL has it on the hub, older ones where they were saved so.
     r"^model\.visual\.": "visual.",
     r"^model\.language_model\.": "model.",
 }
@@ -94,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError("config.json is no JSON", where=folder, got=str(error)) from error
-    known = (*OUR_MODEL_TYPES, *PLAIN_MODEL_TYPES)
+    known = (*VPT_MODEL_TYPES, *PLAIN_MODEL_TYPES)
     if data.get("model_type") not in known:
         raise CheckpointError(
             "this checkpoint is of a kind that cannot become a VPT model",
@@ -222,7 +224,7 @@ def load_model(
 
     Returns the model and transformers' report on the keys.
 
-    ``scratch`` makes a fresh VPT model of a plain Qwen2-VL. Training masks act only with
+    ``scratch`` makes a fresh VPT model of a plain Qwen-VL. Training masks act only with
     ``for_training``. Missing, unexpected and misshapen tensors are a :class:`CheckpointError`.
     """
     hub = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
@@ -264,13 +266,13 @@ def load_model(
 def _check_plain(folder: Path, config: VPTConfig | None, scratch: FromScratch) -> None:
     if config is not None:
         raise UserError(
-            "a plain Qwen2-VL gets its VPT config here, and takes none",
+            "a plain Qwen-VL gets its VPT config here, and takes none",
             where=folder,
             fix="pass encoders, controls and grid instead of config",
         )
     if scratch.encoders is None:
         raise CheckpointError(
-            "this is a plain Qwen2-VL: it has no perception kinds",
+            "this is a plain Qwen-VL: it has no perception kinds",
             where=folder,
             fix='pass encoders=["clip"] (any of clip, dino, sam, or none of them: []) to make a '
             "fresh VPT model of it, and train that",

@@ -1,4 +1,4 @@
-"""VPTConfig: a Qwen2-VL config plus what the checkpoint's perception is.
+"""VPTConfig: a Qwen-VL config plus what the checkpoint's perception is; one class for each base.
 
 ``perception`` is the manifest, a JSON-able dict:
 
@@ -17,10 +17,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from vpt_agent.errors import UserError
 from vpt_agent.model.published import PUBLISHED_MODEL_TYPES, from_published
@@ -54,9 +56,14 @@ class VPTConfig(Qwen2VLConfig):
     (``causal``), as stepwise decoding does. ``training`` keeps the masks a checkpoint was trained
     with, which do not act after loading. ``{prefix}_config`` are encoder shapes by config prefix,
     in ``encoders``.
+
+    This is the class for Qwen2-VL, and the parent of those for other bases; ``base`` names the base
+    (a row of :data:`vpt_agent.model.bases.BASES`). Its ``from_pretrained`` and ``from_dict`` give
+    the class that the model type asks for.
     """
 
     model_type = "vpt_qwen2_vl"
+    base: ClassVar[str] = "qwen2_vl"
     keys_to_ignore_at_inference = ["past_key_values", "controls", "features"]  # noqa: RUF012
 
     perception: dict[str, Any] | None = None
@@ -126,12 +133,38 @@ class VPTConfig(Qwen2VLConfig):
         return data, rest
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers; the class is that of the stored config's base."""
+        data, _ = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        made = _class_for(data, cls)
+        return super(VPTConfig, made).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; a published config comes out as one of ours."""
         if config_dict.get("model_type") in PUBLISHED_MODEL_TYPES:
             config_dict = from_published(config_dict, kwargs.get("name_or_path"))
             return VPTConfig.from_dict(config_dict, **kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        return super(VPTConfig, _class_for(config_dict, cls)).from_dict(config_dict, **kwargs)
+
+
+class VPTQwen25VLConfig(VPTConfig):
+    """A VPT config on Qwen2.5-VL."""
+
+    model_type = "vpt_qwen2_5_vl"
+    base: ClassVar[str] = "qwen2_5_vl"
+    # transformers reads the first up to 5.17, the second after.
+    sub_configs = Qwen2_5_VLConfig.sub_configs
+    sub_configs_defaults = getattr(Qwen2_5_VLConfig, "sub_configs_defaults", {})
+
+
+class VPTQwen3VLConfig(VPTConfig):
+    """A VPT config on Qwen3-VL (the dense models)."""
+
+    model_type = "vpt_qwen3_vl"
+    base: ClassVar[str] = "qwen3_vl"
+    sub_configs = Qwen3VLConfig.sub_configs
+    sub_configs_defaults = getattr(Qwen3VLConfig, "sub_configs_defaults", {})
 
 
 class PublishedVPTConfig(VPTConfig):
@@ -144,6 +177,21 @@ class PublishedVRTConfig(VPTConfig):
     """Reads the published ``vrt_qwen2_vl`` configs: gives a :class:`VPTConfig`."""
 
     model_type = "vrt_qwen2_vl"
+
+
+CONFIGS: Mapping[str, type[VPTConfig]] = {
+    made.base: made for made in (VPTConfig, VPTQwen25VLConfig, VPTQwen3VLConfig)
+}
+"""Config classes by base."""
+
+OUR_MODEL_TYPES = tuple(made.model_type for made in CONFIGS.values())
+"""What ``config.json`` says of checkpoints that this package wrote."""
+
+
+def _class_for(data: Mapping[str, Any], cls: type[VPTConfig]) -> type[VPTConfig]:
+    """The class for a stored config; ``cls`` where its model type is of no base."""
+    found = (made for made in CONFIGS.values() if made.model_type == data.get("model_type"))
+    return next(found, cls)
 
 
 def perception_manifest(
@@ -173,5 +221,6 @@ def perception_manifest(
 
 def register() -> None:
     """Make AutoConfig know the config types."""
-    for config in (VPTConfig, PublishedVPTConfig, PublishedVRTConfig):
+    published: tuple[type[VPTConfig], ...] = (PublishedVPTConfig, PublishedVRTConfig)
+    for config in (*CONFIGS.values(), *published):
         AutoConfig.register(config.model_type, config, exist_ok=True)

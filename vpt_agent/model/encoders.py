@@ -42,14 +42,18 @@ class Projector(nn.Module):
 
     def __init__(self, source_width: int, width: int, controls: int, **_: int) -> None:
         super().__init__()
+        self.source_width = source_width
         self.linear_feature = XavierLinear(source_width, width)
         self.linear_condition = XavierLinear(controls * width, width)
         self.layernorm_feature = nn.LayerNorm(source_width)
         self.layernorm_condition = nn.LayerNorm(controls * width)
 
     def features(self, encoded: Tensor) -> Tensor:
-        """Features [V, D] of one picture's ``encoded`` [V, D]: the tokens themselves."""
-        return encoded
+        """Features [V, D] of one picture's ``encoded`` [V, W]: the tokens themselves.
+
+        What a tower gives for deeper layers is left out: a re-encoded picture enters at the input.
+        """
+        return encoded[..., : self.source_width]
 
     def condition(self, control: Tensor) -> Tensor:
         """Conditions [M, D] of control states [M, k, D]."""

@@ -1,6 +1,7 @@
 """The whole-sequence forward: control states by an earlier pass, then the pass that is scored.
 
-FACTS section 4 gives the order of things; the names here: B rows, L positions, D width.
+FACTS section 4 gives the order of things; the names here: B rows, L positions, D width, W width of
+what enters the language model (D, but for Qwen3-VL).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vpt_agent.errors import UserError
-from vpt_agent.kernels import splice
+from vpt_agent.model.deepstack import put
 from vpt_agent.model.masking import MaskRule, hidden_stretches, zeroed_positions
 from vpt_agent.model.matching import Place, Plan, make_plan, picture_places
 from vpt_agent.model.memory import FeatureMemory, check_keys, encode_once, pictures_of
@@ -91,7 +92,7 @@ def run_forward(
         if passes == "full" and two_pass:
             run.pass_over(current)
         return Forward(run.pass_over(current), None, final)
-    if passes == "one" and _padded_right(inputs.mask) and not model.model.has_sliding_layers:
+    if passes == "one" and _padded_right(inputs.mask) and not _slides(model):
         return run.in_one_pass(current, control)
     return run.with_controls(current, control, whole=passes == "full")
 
@@ -113,7 +114,7 @@ class _Run:
     def pass_over(
         self, embeds: Tensor, hidden: Mapping[int, tuple[int, int]] | None = None
     ) -> Tensor:
-        """Hidden states [B, n, D] of the first n positions, ``embeds`` [B, n, D].
+        """Hidden states [B, n, D] of the first n positions, ``embeds`` [B, n, W].
 
         ``hidden``: keys (first, end) by row that its positions from ``end`` on do not see.
         """
@@ -129,7 +130,7 @@ class _Run:
             return embeds
         length = embeds.shape[1]
         index = [p.row * length + p.first + i for p in places for i in range(p.count)]
-        return splice(embeds, torch.cat(list(tensors)), torch.tensor(index, device=embeds.device))
+        return put(embeds, torch.cat(list(tensors)), torch.tensor(index, device=embeds.device))
 
     def with_controls(self, current: Tensor, control: str, *, whole: bool = False) -> Forward:
         """Fill in control states and conditioned features, mask, and run the scored pass."""
@@ -214,7 +215,7 @@ class _Run:
         states: Mapping[tuple[int, int], Tensor],
     ) -> Tensor:
         index = torch.tensor([row * current.shape[1] + at for row, at in group])
-        return splice(
+        return put(
             current, torch.stack([states[point] for point in group]), index.to(current.device)
         )
 
@@ -283,6 +284,11 @@ def _stretch_before(controls: Sequence[int], at: int) -> tuple[int, int]:
     """From the row's control token before ``at`` (or its start) to ``at``."""
     index = controls.index(at)
     return (controls[index - 1] if index else 0), at
+
+
+def _slides(model: VPTForConditionalGeneration) -> bool:
+    """Whether some layers see a window only (no base has such layers as it is published)."""
+    return "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ())
 
 
 def _padded_right(mask: Tensor | None) -> bool:
@@ -364,7 +370,7 @@ def _from_base(
 def _base_embeddings(
     model: VPTForConditionalGeneration, inputs: Inputs, seen: dict[tuple[str, str], Tensor]
 ) -> Tensor:
-    """Token embeddings [B, L, D] with the base tower's pictures in place."""
+    """Token embeddings [B, L, W] with the base tower's pictures in place."""
     embeds: Tensor = model.get_input_embeddings()(inputs.ids)
     pictures: Sequence[Tensor] = ()
     if (inputs.pixel_values is None) != (inputs.grids is None):
@@ -384,7 +390,7 @@ def _base_embeddings(
         return embeds
     length = embeds.shape[1]
     index = [p.row * length + p.first + i for p in places for i in range(p.count)]
-    return splice(embeds, torch.cat(list(pictures)), torch.tensor(index, device=embeds.device))
+    return put(embeds, torch.cat(list(pictures)), torch.tensor(index, device=embeds.device))
 
 
 def _positions(model: VPTForConditionalGeneration, inputs: Inputs) -> Tensor:

@@ -1,23 +1,25 @@
-"""A fresh VPT model from a plain Qwen2-VL checkpoint: config, new tokens, new parts."""
+"""A fresh VPT model from a base (a checkpoint or a config): config, new tokens, new parts."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Model, SamModel
+from transformers import Dinov2Model, PreTrainedTokenizerBase, SamModel
 
 from vpt_agent.errors import CheckpointError, UserError
-from vpt_agent.model.configuration import VPTConfig, perception_manifest
+from vpt_agent.model.bases import BASES, Base
+from vpt_agent.model.configuration import CONFIGS, VPTConfig, perception_manifest
 from vpt_agent.model.published import PUBLISHED_ENCODERS, text_sizes, vision_sizes
-from vpt_agent.model.tokenizer import load_tokenizer, token_ids
+from vpt_agent.model.tokenizer import extend, load_tokenizer, token_ids
 from vpt_agent.tokens.table import IM_END, IM_START, PerceptionTable
-from vpt_agent.vision.policy import DEFAULT_POLICY
+from vpt_agent.vision.policy import DEFAULT_POLICY, ImagePolicy
 
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
@@ -28,7 +30,7 @@ EMBEDDING_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class FromScratch:
-    """How a plain Qwen2-VL becomes a VPT model; see ``from_pretrained``. None is not said."""
+    """How a plain Qwen-VL becomes a VPT model; see ``from_pretrained``. None is not said."""
 
     encoders: tuple[str, ...] | None = None
     controls: int | None = None
@@ -45,40 +47,172 @@ class Fresh:
 
 
 def fresh_config(folder: Path, wanted: FromScratch) -> tuple[VPTConfig, Fresh]:
-    """The config that makes a VPT model of the plain Qwen2-VL in ``folder``."""
+    """The config that makes a VPT model of the plain Qwen-VL in ``folder``."""
     data: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    table = PerceptionTable.published(
-        wanted.encoders or (),
-        grid=8 if wanted.grid is None else wanted.grid,
-        controls=1 if wanted.controls is None else wanted.controls,
-    )
+    table = _table(wanted.encoders or (), controls=wanted.controls, grid=wanted.grid)
     tokenizer, _ = load_tokenizer(str(folder), table)
-    vocabulary = tokenizer.get_vocab()
+    sizes = base_sizes(data, str(folder))
+    images = image_policy(data["model_type"], sizes["vision_config"], folder)
+    shapes = _encoder_shapes(table, wanted.weights or {})
+    config = _config(data, sizes, tokenizer, table, images=images, encoders=shapes)
     kinds = [k for k in table.kinds if k.payload == "control"]
-    encoders = _encoder_shapes(table, wanted.weights or {})
+    parts = [f"{k.projector}." for k in kinds]
+    parts += [f"{k.config_prefix}_model." for k in kinds if k.encoder != "base"]
+    return config, Fresh(tuple(parts), len(tokenizer))
+
+
+def config_on_base(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoders: Iterable[str],
+    controls: int = 1,
+    grid: int = 8,
+    encoder_shapes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> VPTConfig:
+    """The config of a VPT model on ``base``, for random weights: no files are read.
+
+    ``base`` is a config of transformers (Qwen2-VL, Qwen2.5-VL, Qwen3-VL) or its dict.
+    ``tokenizer`` gets the tokens of the kinds (changed in place). ``encoder_shapes`` by kind
+    replace values of the published encoders' shapes. To begin from weights there is
+    ``VPTForConditionalGeneration.from_pretrained(folder, encoders=[...])``.
+    """
+    data = dict(base if isinstance(base, Mapping) else base.to_dict())
+    if data.get("model_type") not in BASES:
+        raise UserError(
+            "VPT is not built on this kind of model",
+            where="config_on_base",
+            got=f"model_type {data.get('model_type')!r}",
+            expected=", ".join(BASES),
+        )
+    table = _table(tuple(encoders), controls=controls, grid=grid)
+    extend(tokenizer, table)
+    sizes = base_sizes(data, "config_on_base")
+    rows = max(sizes["text_config"]["vocab_size"], len(tokenizer))
+    if rows > sizes["text_config"]["vocab_size"]:
+        sizes["text_config"]["vocab_size"] = -(-rows // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
+    images = image_policy(data["model_type"], sizes["vision_config"])
+    shapes = _encoder_shapes(table, {})
+    for name, given in (encoder_shapes or {}).items():
+        shapes.setdefault(str(table[name].config_prefix), {}).update(given)
+    return _config(data, sizes, tokenizer, table, images=images, encoders=shapes)
+
+
+def _table(encoders: Iterable[str], *, controls: int | None, grid: int | None) -> PerceptionTable:
+    return PerceptionTable.published(
+        encoders,
+        grid=8 if grid is None else grid,
+        controls=1 if controls is None else controls,
+    )
+
+
+def _config(
+    data: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    table: PerceptionTable,
+    *,
+    images: ImagePolicy,
+    encoders: Mapping[str, Mapping[str, Any]],
+) -> VPTConfig:
+    vocabulary = tokenizer.get_vocab()
     keep = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
             "tie_word_embeddings", "torch_dtype", "dtype")  # fmt: skip
     text = data.get("text_config") or {}
     values = {k: data[k] for k in keep if data.get(k) is not None}
     if text.get("tie_word_embeddings"):
         values["tie_word_embeddings"] = True
-    config = VPTConfig(
-        text_config=text_sizes(data, str(folder)),
-        vision_config=vision_sizes(data, str(folder)),
+    return CONFIGS[data["model_type"]](
+        **sizes,
         encoders=encoders,
         para_start_id=vocabulary[IM_START],
         para_end_id=vocabulary[IM_END],
         perception=perception_manifest(
             table,
             token_ids(tokenizer, table),
-            images=DEFAULT_POLICY.to_manifest(),
+            images=images.to_manifest(),
             untrained=[k.name for k in table.kinds],
         ),
         **values,
     )
-    parts = [f"{k.projector}." for k in kinds]
-    parts += [f"{k.config_prefix}_model." for k in kinds if k.encoder != "base"]
-    return config, Fresh(tuple(parts), len(tokenizer))
+
+
+def base_sizes(data: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """``text_config`` and ``vision_config`` of a base's config ``data``, flat ones included.
+
+    A missing size is a :class:`CheckpointError`, never transformers' default.
+    """
+    base = BASES[data["model_type"]]
+    if base.name == "qwen2_vl":
+        text, vision = text_sizes(data, source), vision_sizes(data, source)
+        return {"text_config": text, "vision_config": vision}
+    _require(base.text_fields, data.get("text_config") or data, "the language model's", source)
+    _require(base.vision_fields, data.get("vision_config") or {}, "the vision tower's", source)
+    read = base.part("config").from_dict(copy.deepcopy(dict(data)))
+    text, vision = read.text_config.to_dict(), read.vision_config.to_dict()
+    _check_widths(base, text, vision, source)
+    return {"text_config": text, "vision_config": vision}
+
+
+def _require(names: Iterable[str], data: Mapping[str, Any], whose: str, source: str) -> None:
+    missing = [name for name in names if data.get(name) is None]
+    if missing:
+        raise CheckpointError(
+            f"the config does not say {whose} sizes",
+            where=source,
+            got=f"no {', '.join(missing)}",
+            fix="take config.json from the checkpoint's own repository",
+        )
+
+
+def _check_widths(
+    base: Base, text: Mapping[str, Any], vision: Mapping[str, Any], source: str
+) -> None:
+    levels = len(vision.get("deepstack_visual_indexes") or ())
+    if vision["out_hidden_size"] != text["hidden_size"] or levels > text["num_hidden_layers"]:
+        raise CheckpointError(
+            "the vision tower and the language model do not fit each other",
+            where=source,
+            got=f"{levels} levels of visual tokens of width {vision['out_hidden_size']} for "
+            f"{text['num_hidden_layers']} layers of width {text['hidden_size']}",
+            fix=f"take config.json from the {base.name} checkpoint's own repository",
+        )
+
+
+def image_policy(base: str, vision: Mapping[str, Any], folder: Path | None = None) -> ImagePolicy:
+    """The image policy of a fresh model: the default one, in visual tokens of this tower.
+
+    Mean and std are those of the folder's ``preprocessor_config.json``, or else the base's.
+    """
+    default, row = DEFAULT_POLICY, BASES[base]
+    patch, merge = int(vision.get("patch_size", 14)), int(vision.get("spatial_merge_size", 2))
+    step = patch * merge
+    said = _preprocessor(folder)
+    return replace(
+        default,
+        longest=default.longest // default.step * step,
+        crop_longest=(default.crop_longest or default.longest) // default.step * step,
+        min_pixels=default.min_pixels // default.step**2 * step**2,
+        max_pixels=default.max_pixels // default.step**2 * step**2,
+        mean=tuple(said.get("image_mean") or row.mean),
+        std=tuple(said.get("image_std") or row.std),
+        patch=patch,
+        merge=merge,
+        temporal=int(vision.get("temporal_patch_size", 2)),
+    )
+
+
+def _preprocessor(folder: Path | None) -> dict[str, Any]:
+    file = None if folder is None else folder / "preprocessor_config.json"
+    if file is None or not file.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            "preprocessor_config.json is no JSON", where=file, got=str(error)
+        ) from error
+    return found
 
 
 def _encoder_shapes(

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from vpt_agent.config import shipped_model
 from vpt_agent.errors import CheckpointError
-from vpt_agent.model.configuration import VPTConfig
+from vpt_agent.model.configuration import OUR_MODEL_TYPES, VPTConfig
 from vpt_agent.tokens.table import ResolvedKind
 
 WEIGHT_FILES = (
@@ -51,6 +51,7 @@ class CheckpointReport:
 
     path: str
     form: str
+    base: str
     kinds: tuple[KindReport, ...]
     controls: int
     parts: Mapping[str, int]
@@ -75,7 +76,7 @@ class CheckpointReport:
 
     def to_text(self) -> str:
         """For a terminal."""
-        lines = [self.path, f"form: {self.form}, {self.dtype}"]
+        lines = [self.path, f"form: {self.form} on {self.base}, {self.dtype}"]
         lines.append(f"parameters: {self.parameters:,}")
         lines += [f"  {name}: {count:,}" for name, count in self.parts.items()]
         lines.append(f"perception kinds, {self.controls} control token(s) a call:")
@@ -118,10 +119,11 @@ def inspect_checkpoint(path: str | Path | None = None, **hub: Any) -> Checkpoint
         )
     p = config.perception
     sizes, missing = _sizes(source, hub)
-    ours = raw.get("model_type") == VPTConfig.model_type
+    ours = raw.get("model_type") in OUR_MODEL_TYPES
     return CheckpointReport(
         path=source,
         form="vpt_agent" if ours else f"published ({raw.get('model_type')})",
+        base=config.base,
         kinds=tuple(_kind(row, p["untrained"]) for row in config.table.rows),
         controls=config.table.controls,
         parts=_parts(sizes),

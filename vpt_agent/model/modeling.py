@@ -1,8 +1,10 @@
-"""VPTForConditionalGeneration: Qwen2-VL with perception kinds, on transformers' own parts.
+"""VPTForConditionalGeneration: a Qwen-VL with perception kinds, on transformers' own parts.
 
-Parts carry the published names (``visual``, ``model``, ``lm_head``, ``{prefix}_model``,
-``{prefix}_projector``), so published keys fit without renaming. B rows, L positions, D the
-language model's width, V visual tokens of one picture, k control tokens per call, P patches.
+The base (Qwen2-VL, Qwen2.5-VL, Qwen3-VL) is the config's. Parts carry the published names
+(``visual``, ``model``, ``lm_head``, ``{prefix}_model``, ``{prefix}_projector``), so published keys
+fit without renaming. B rows, L positions, D the language model's width, V visual tokens of one
+picture, k control tokens per call, P patches, W the width of what enters the language model: D, and
+more where the base is Qwen3-VL (see ``deepstack``).
 """
 
 from __future__ import annotations
@@ -17,17 +19,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.models.qwen2_vl.modeling_qwen2_vl import (
-    Qwen2VisionTransformerPretrainedModel,
-    Qwen2VLPreTrainedModel,
-    Qwen2VLTextModel,
-)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel
 from transformers.utils import ModelOutput
 
 from vpt_agent.errors import UserError
 from vpt_agent.kernels import condition as condition_op
+from vpt_agent.model.attention import ready_mask
+from vpt_agent.model.bases import build_parts_of
 from vpt_agent.model.checkpoint import load_model
-from vpt_agent.model.configuration import VPTConfig, register
+from vpt_agent.model.configuration import (
+    VPTConfig,
+    VPTQwen3VLConfig,
+    VPTQwen25VLConfig,
+    register,
+)
+from vpt_agent.model.deepstack import joined, split
 from vpt_agent.model.encoders import (
     PlainConv,
     Projector,
@@ -73,8 +79,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VPTConfig) -> None:
         super().__init__(config)
-        self.visual = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config)
-        self.model = Qwen2VLTextModel._from_config(config.text_config)
+        self.visual, self.model = build_parts_of(config.base, config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.table = config.table
@@ -126,10 +131,11 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> VPTForConditionalGeneration:
-        """Load a published VPT checkpoint, one of ours, or a plain Qwen2-VL with ``encoders``.
+        """Load a published VPT checkpoint, one of ours, or a plain Qwen-VL with ``encoders``.
 
         The name is a directory or a hub name. ``encoders`` (any of clip, dino, sam; may be empty)
-        makes a fresh VPT model of a plain Qwen2-VL: ``controls`` control tokens per call (1),
+        makes a fresh VPT model of a plain Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL (whatever class
+        of this module it is called on): ``controls`` control tokens per call (1),
         ``grid`` cells a side (8), ``encoder_weights`` directories of DINOv2 and SAM models by
         kind, random without. ``for_training`` puts the masks of a checkpoint's training into
         force; without it they rest. ``device`` moves the model; ``dtype``, ``device_map`` and the
@@ -185,11 +191,21 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     # --- what an engine calls -----------------------------------------------------------------
 
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
-        """Visual tokens of N pictures from the base tower and merger: N tensors [V_i, D].
+        """Visual tokens of N pictures from the base tower and merger: N tensors [V_i, W].
 
         ``pixel_values`` [P, C*T*p*p] float: the patches of all pictures, one after the other;
         ``grid_thw`` [N, 3] int64: their grids in patches, whose products sum to P.
         """
+        vision = self.config.vision_config
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        if pixel_values.shape[1] != width:
+            raise UserError(
+                "patches of another size than this model's tower reads",
+                where="encode_images",
+                got=f"{pixel_values.shape[1]} values",
+                expected=f"{width}: patches of {vision.patch_size} x {vision.patch_size} pixels",
+                fix=f"an image policy with patch={vision.patch_size}, as in the model's config",
+            )
         expected = int(grid_thw.prod(-1).sum())
         if pixel_values.shape[0] != expected:
             raise UserError(
@@ -198,11 +214,11 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
                 expected=f"{expected}, by the grids {grid_thw.tolist()}",
             )
         weight = self.visual.patch_embed.proj.weight
-        output = self.visual(
-            pixel_values.to(weight.dtype), grid_thw=grid_thw, return_dict=True
-        ).pooler_output  # [sum V_i, D]
+        output = self.visual(pixel_values.to(weight.dtype), grid_thw=grid_thw, return_dict=True)
+        levels = getattr(output, "deepstack_features", None)
+        tokens = joined(output.pooler_output, levels)  # [sum V_i, W]
         counts = grid_thw.prod(-1) // self.visual.spatial_merge_size**2
-        return torch.split(output, counts.tolist())
+        return torch.split(tokens, counts.tolist())
 
     def run_tower(self, kind: str, **inputs: Tensor) -> tuple[Tensor, ...]:
         """Encoder output of a kind, before its projector: one tensor per picture.
@@ -232,7 +248,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         return tuple(projector.features(encoded) for encoded in self.run_tower(kind, **inputs))
 
     def features_from_base(self, kind: str, tower_tokens: Tensor) -> Tensor:
-        """Features f [V, D] of a kind of the base tower from tokens [V, D] it already gave."""
+        """Features f [V, D] of a kind of the base tower from tokens [V, W] it already gave."""
         if self.encoder(kind) is not None:
             raise UserError(
                 "this kind does not use the base tower, so its tokens cannot be reused",
@@ -270,24 +286,36 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """Final-norm hidden states [B, L, D] of ``inputs_embeds`` [B, L, D].
+        """Final-norm hidden states [B, L, D] of ``inputs_embeds`` [B, L, D] or [B, L, W].
 
         ``position_ids`` [3, B, L] int64. ``attention_mask``: bool [B, 1, L, S] as it is (True may
         be seen, S the cache's length), or [B, L] (1 for tokens, 0 for padding), or None for
         plain causal; with a cache None means that the caller vouches for it (one query a row, or
         a block at the start). ``past_key_values`` is updated in place.
         """
+        text = self.config.text_config
+        embeds, levels = split(inputs_embeds, text.hidden_size)
         mask: Any = attention_mask
-        if past_key_values is not None and attention_mask is None:
+        ready = past_key_values is not None if mask is None else mask.dim() == 4
+        if ready and (mask is not None or embeds.shape[1] > 1):
+            mask = ready_mask(mask, embeds, text._attn_implementation)
+        if ready and mask is None:
             # Ready masks, of which there are none: transformers would build one from the cache.
-            mask = dict.fromkeys(self.config.text_config.layer_types)
+            # A model without layer types takes no such thing: it asks the cache, and needs none.
+            types = getattr(text, "layer_types", None)
+            mask = None if types is None else dict.fromkeys(types)
+        deep: dict[str, Any] = {}
+        if levels:  # everywhere: what text adds is zero
+            deep["visual_pos_masks"] = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
+            deep["deepstack_visual_embeds"] = [level.flatten(0, 1) for level in levels]
         output = self.model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             return_dict=True,
+            **deep,
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -426,5 +454,22 @@ def token_mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(flat, target, ignore_index=-100)
 
 
+class VPTQwen25VLForConditionalGeneration(VPTForConditionalGeneration):
+    """The same model for transformers' Auto classes, which want one class for each config class."""
+
+    config_class = VPTQwen25VLConfig
+
+
+class VPTQwen3VLForConditionalGeneration(VPTForConditionalGeneration):
+    """The same model for transformers' Auto classes, which want one class for each config class."""
+
+    config_class = VPTQwen3VLConfig
+
+
 register()
-AutoModelForImageTextToText.register(VPTConfig, VPTForConditionalGeneration, exist_ok=True)
+for _model in (
+    VPTForConditionalGeneration,
+    VPTQwen25VLForConditionalGeneration,
+    VPTQwen3VLForConditionalGeneration,
+):
+    AutoModelForImageTextToText.register(_model.config_class, _model, exist_ok=True)

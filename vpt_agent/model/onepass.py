@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vpt_agent.model.attention import ready_mask
+from vpt_agent.model.deepstack import split
+
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
 
@@ -68,7 +71,7 @@ class Blocks:
         past: Past | None = None,
         hidden_keys: Mapping[int, Stretch] | None = None,
     ) -> tuple[Tensor, Past]:
-        """Run positions ``stretches`` (first, end) by row of ``embeds`` [B, L, D] behind ``past``.
+        """Run positions ``stretches`` (first, end) by row of ``embeds`` [B, L, W] behind ``past``.
 
         A row sees of its past what stands before its stretch, without ``hidden_keys``. Returns the
         states [R, Q, D], each row's from its first on, and the past with the stretch added.
@@ -87,7 +90,7 @@ class Blocks:
         return states, Past(rows, layers, joined)
 
     def whole(self, embeds: Tensor, lengths: Mapping[int, int]) -> None:
-        """Run the first ``lengths`` positions of rows of ``embeds`` [B, L, D] afresh."""
+        """Run the first ``lengths`` positions of rows of ``embeds`` [B, L, W] afresh."""
         rows = tuple(lengths)
         at = _places([(0, end) for end in lengths.values()])
         block, places = self._take(embeds, rows, at)
@@ -96,7 +99,7 @@ class Blocks:
         self._pieces.append(_Piece(rows, at, states))
 
     def _take(self, embeds: Tensor, rows: Sequence[int], at: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [R, Q, D] and position ids [3, R, Q] at ``at`` of ``rows``."""
+        """Embeddings [R, Q, W] and position ids [3, R, Q] at ``at`` of ``rows``."""
         index = at.clamp(min=0) + torch.tensor(rows)[:, None] * embeds.shape[1]  # [R, Q]
         flat = index.flatten().to(embeds.device)
         block = embeds.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
@@ -173,19 +176,14 @@ def run_block(
     mask: Tensor | None,
     past: Layers | None,
 ) -> tuple[Tensor, Layers]:
-    """Final-norm states [R, Q, D] of ``embeds`` [R, Q, D], and keys and values with the new ones.
+    """Final-norm states [R, Q, D] of ``embeds`` [R, Q, W], and keys and values with the new ones.
 
     ``positions`` [3, R, Q]; ``mask`` bool [R, 1, Q, S + Q] (None: plain causal, no past). Gradients
     flow into ``past``. Gradient checkpointing is obeyed, layer by layer.
     """
     text = model.model
-    if mask is not None and text.config._attn_implementation == "eager":
-        lowest = torch.finfo(embeds.dtype).min
-        mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
-    if mask is None and text.config._attn_implementation == "eager":
-        q = embeds.shape[1]
-        lowest = torch.finfo(embeds.dtype).min
-        mask = torch.full((1, 1, q, q), lowest, device=embeds.device, dtype=embeds.dtype).triu(1)
+    embeds, levels = split(embeds, model.config.text_config.hidden_size)
+    mask = ready_mask(mask, embeds, text.config._attn_implementation)
     rotary = text.rotary_emb(embeds, positions)
     hidden, layers = embeds, []
     for i, layer in enumerate(text.layers):
@@ -195,6 +193,8 @@ def run_block(
             hidden, key, value = checkpoint(step, hidden, *known, use_reentrant=False)
         else:
             hidden, key, value = step(hidden, *known)
+        if i < len(levels):
+            hidden = hidden + levels[i]
         layers.append((key, value))
     return text.norm(hidden), tuple(layers)
 

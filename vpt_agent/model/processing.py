@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 
 from vpt_agent.errors import UserError
-from vpt_agent.model.configuration import VPTConfig
+from vpt_agent.model.configuration import CONFIGS, VPTConfig
 from vpt_agent.model.tokenizer import load_tokenizer
 from vpt_agent.tokens.table import (
     IM_END,
@@ -141,8 +141,8 @@ class VPTProcessor(ProcessorMixin):
         the number of visual tokens. ``images``: all pictures in order, nested by row or flat;
         a :class:`View` that is a crop is resized as one. ``again``: pictures by kind.
         Gives ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` [B, L], ``pixel_values``
-        [P, 1176], ``image_grid_thw`` [N, 3] and the re-encoding kinds' inputs. Counts that do not
-        match are a :class:`UserError`.
+        [P, 3 * temporal * patch^2], ``image_grid_thw`` [N, 3] and the re-encoding kinds' inputs.
+        Counts that do not match are a :class:`UserError`.
         """
         if return_tensors != "pt":
             raise UserError("only torch tensors are made", got=return_tensors, expected="pt")
@@ -276,4 +276,5 @@ def chat_template(table: PerceptionTable) -> str:
 
 def register() -> None:
     """Make AutoProcessor know the processor."""
-    AutoProcessor.register(VPTConfig, VPTProcessor, exist_ok=True)
+    for config in CONFIGS.values():
+        AutoProcessor.register(config, VPTProcessor, exist_ok=True)

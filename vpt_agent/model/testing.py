@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vpt_agent.model.configuration import VPTConfig, perception_manifest
+from vpt_agent.model.bases import BASES
+from vpt_agent.model.configuration import CONFIGS, VPTConfig, perception_manifest
 from vpt_agent.model.modeling import VPTForConditionalGeneration
 from vpt_agent.model.tokenizer import extend, token_ids
 from vpt_agent.tokens.table import (
@@ -52,6 +53,32 @@ SAM: dict[str, Any] = {
 }
 SIDES = {"dino": (16, 56), "sam": (16, 64)}
 """Visual tokens and input size (pixels a side) of the tiny encoders."""
+_TOWER: dict[str, Any] = {"num_heads": 2, "initializer_range": 0.1}
+TOWERS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": _TOWER | {"depth": 1, "embed_dim": 32, "hidden_size": WIDTH},
+    # Windows of 2 x 2 visual tokens, so that tiny pictures hold several; the last layer sees all.
+    "qwen2_5_vl": _TOWER | {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": WIDTH,
+        "window_size": 56, "fullatt_block_indexes": [1],
+    },
+    # Two inner layers feed the first two of three layers of the language model.
+    "qwen3_vl": _TOWER | {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": WIDTH,
+        "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+    },
+}  # fmt: skip
+"""Shapes of the tiny vision towers, by base."""
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TEXTS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"num_hidden_layers": 2, "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl": {"num_hidden_layers": 2, "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+    "qwen3_vl": {
+        "num_hidden_layers": 3,
+        "head_dim": 24,  # not width / heads, as in some of the real ones
+        "rope_parameters": _ROPE | {"mrope_section": [4, 4, 4], "mrope_interleaved": True},
+    },
+}
+"""What the tiny language models of the bases do not share."""
 
 
 def byte_tokenizer() -> Qwen2Tokenizer:
@@ -80,16 +107,20 @@ def tiny_table(encoders: Iterable[str], *, controls: int = 1, grid: int = 8) -> 
 
 
 def tiny_config(
-    tokenizer: Qwen2Tokenizer, table: PerceptionTable, *, tied: bool = True
+    tokenizer: Qwen2Tokenizer,
+    table: PerceptionTable,
+    *,
+    tied: bool = True,
+    base: str = "qwen2_vl",
 ) -> VPTConfig:
-    """Two layers of width 64, a one-layer tower; ids from ``tokenizer``, which must have them."""
+    """Two layers of width 64, a one-layer tower (three and three for Qwen3-VL); ids from
+    ``tokenizer``, which must have them. ``base`` is a row of ``vpt_agent.model.bases``."""
     vocabulary = tokenizer.get_vocab()
-    return VPTConfig(
+    return CONFIGS[base](
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": WIDTH,
             "intermediate_size": 96,
-            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
@@ -98,20 +129,10 @@ def tiny_config(
             "bos_token_id": None,
             "eos_token_id": vocabulary[IM_END],
             "pad_token_id": vocabulary[END_OF_TEXT],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 3, 3],
-            },
             "tie_word_embeddings": tied,
+            **TEXTS[base],
         },
-        vision_config={
-            "depth": 1,
-            "embed_dim": 32,
-            "hidden_size": WIDTH,
-            "num_heads": 2,
-            "initializer_range": 0.1,
-        },
+        vision_config=dict(TOWERS[base]),
         image_token_id=vocabulary[IMAGE_PAD],
         video_token_id=vocabulary[VIDEO_PAD],
         vision_start_token_id=vocabulary[VISION_START],
@@ -122,10 +143,20 @@ def tiny_config(
         perception=perception_manifest(
             table,
             token_ids(tokenizer, table),
-            images={"kind": "fit", "longest": 84, "crop_longest": 56},
+            images=tiny_images(base),
         ),
         encoders={"detection": DINO, "seg": SAM},
     )
+
+
+def tiny_images(base: str = "qwen2_vl") -> dict[str, Any]:
+    """The tiny models' image policy: whole pictures up to 3 x 3 visual tokens, crops to 2 x 2."""
+    policy: dict[str, Any] = {"kind": "fit", "longest": 84, "crop_longest": 56}
+    if base == "qwen3_vl":
+        row = BASES[base]
+        policy |= {"longest": 96, "crop_longest": 64, "patch": 16}
+        policy |= {"mean": list(row.mean), "std": list(row.std), "min_pixels": 4096}
+    return policy
 
 
 def tiny_model(
@@ -135,6 +166,7 @@ def tiny_model(
     controls: int = 1,
     grid: int = 8,
     seed: int = 0,
+    base: str = "qwen2_vl",
 ) -> tuple[VPTForConditionalGeneration, VPTProcessor]:
     """A model of random weights (float32, eval mode) and its processor; the same seed, the same."""
     from vpt_agent.model.processing import VPTProcessor
@@ -144,5 +176,7 @@ def tiny_model(
     extend(tokenizer, table)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VPTForConditionalGeneration(tiny_config(tokenizer, table, tied=tied)).eval()
+        model = VPTForConditionalGeneration(
+            tiny_config(tokenizer, table, tied=tied, base=base)
+        ).eval()
     return model, VPTProcessor.for_model(model.config, tokenizer)

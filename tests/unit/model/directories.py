@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tests.parity.goldens import ROOT
 from vpt_agent.model import VPTForConditionalGeneration
+from vpt_agent.model.bases import BASES
 from vpt_agent.model.testing import byte_tokenizer, tiny_config, tiny_table
 from vpt_agent.model.tokenizer import extend
 
@@ -71,20 +72,25 @@ def golden_weights(variant: str) -> dict[str, Tensor]:
     return {k: v.float() for k, v in load_file(ROOT / variant / "model.safetensors").items()}
 
 
-def plain_qwen(target: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """A plain Qwen2-VL checkpoint with its tokenizer, in tiny, as transformers writes it."""
+def plain_model(*, tied: bool = True, seed: int = 0, base: str = "qwen2_vl") -> PreTrainedModel:
+    """transformers' own model of a base, in tiny, with random weights, for ``byte_tokenizer``."""
     tokenizer = byte_tokenizer()
     table = tiny_table(())
-    extend(tokenizer, table)  # only to fill in a config; the saved tokenizer has no new tokens
-    data = tiny_config(tokenizer, table, tied=tied).to_dict()
-    tokenizer = byte_tokenizer()
-    data["text_config"] |= {"vocab_size": len(tokenizer)}
+    extend(tokenizer, table)  # only to fill in a config
+    data = tiny_config(tokenizer, table, tied=tied, base=base).to_dict()
+    data["text_config"] |= {"vocab_size": len(byte_tokenizer())}
     keep = ("text_config", "vision_config", "image_token_id", "video_token_id",
             "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")  # fmt: skip
+    config = BASES[base].part("config")(**{k: data[k] for k in keep})
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**{k: data[k] for k in keep}))
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    made: PreTrainedModel = AutoModelForImageTextToText.from_config(config).eval()
+    return made
+
+
+def plain_qwen(target: Path, *, tied: bool = True, seed: int = 0, base: str = "qwen2_vl") -> Path:
+    """A plain Qwen-VL checkpoint with its tokenizer, in tiny, as transformers writes it."""
+    plain_model(tied=tied, seed=seed, base=base).save_pretrained(target)
+    byte_tokenizer().save_pretrained(target)
     return target
 
 

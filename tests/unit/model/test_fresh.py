@@ -74,7 +74,7 @@ def test_transformers_new_layout_of_a_plain_model(tmp_path: Path) -> None:
 
 
 def test_a_plain_model_without_kinds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"plain Qwen2-VL.*encoders=\[\"clip\"\]"):
+    with pytest.raises(CheckpointError, match=r"plain Qwen-VL.*encoders=\[\"clip\"\]"):
         load(plain_qwen(tmp_path))
 
 
