@@ -22,7 +22,7 @@ from vpt_agent.engine.features import FeatureStore
 from vpt_agent.engine.parts import Fed, Feed, Look, Looked, Wait
 from vpt_agent.engine.session import Session
 from vpt_agent.errors import UserError
-from vpt_agent.kernels import splice
+from vpt_agent.model.deepstack import put, widened
 from vpt_agent.tokens.table import ResolvedKind, ResolvedTable
 from vpt_agent.vision.policy import ImagePolicy
 
@@ -276,7 +276,10 @@ class Engine:
     def _inputs(
         self, feeds: Sequence[Feed], counts: Sequence[int], width: int
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] with visual tokens in place, positions [3, B, L]."""
+        """Embeddings [B, L, D] with visual tokens in place, positions [3, B, L].
+
+        Wider, where a picture has features for deeper layers (``model.deepstack``).
+        """
         ids = torch.zeros(len(feeds), width, dtype=torch.long)
         positions = torch.zeros(3, len(feeds), width, dtype=torch.long)
         index: list[Tensor] = []
@@ -289,9 +292,10 @@ class Engine:
                 features.append(tokens)
         embeds = self.model.get_input_embeddings()(ids.to(self.device))  # [B, L, D]
         if features:
-            embeds = splice(
+            wide = max(f.shape[-1] for f in features)
+            embeds = put(
                 embeds,
-                torch.cat([f.to(embeds) for f in features]),
+                torch.cat([widened(f.to(embeds), wide) for f in features]),
                 torch.cat(index).to(self.device),
             )
         return embeds, positions.to(self.device)
