@@ -232,12 +232,19 @@ def load(config: TrainConfig) -> tuple[VPTForConditionalGeneration, VPTProcessor
     perception = dict(own.perception or {})
     if not perception:
         raise UserError("this model has no perception kinds", where=path, fix="set model.encoders")
-    changes = {"images": part.images, "trigger": part.trigger, "domain": part.domain}
+    images = None if part.images is None else _of_tower(perception["images"]) | part.images
+    changes = {"images": images, "trigger": part.trigger, "domain": part.domain}
     own.perception = perception | {k: v for k, v in changes.items() if v is not None}
     processor = VPTProcessor.from_pretrained(path, config=own)
     ids = processor.tokenizer.get_vocab()
     own.para_start_id, own.para_end_id = ids[IM_START], ids[IM_END]
     return model, processor
+
+
+def _of_tower(images: Mapping[str, Any]) -> dict[str, Any]:
+    """What the vision tower, not the recipe, decides of how pictures are prepared."""
+    names = ("patch", "merge", "temporal", "mean", "std")
+    return {name: images[name] for name in names if name in images}
 
 
 def stage_lists(config: TrainConfig, table: ResolvedTable) -> dict[str, list[str] | None]:
