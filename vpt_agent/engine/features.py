@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vpt_agent.engine.parts import Look, Looked
+from vpt_agent.errors import UserError
 from vpt_agent.kernels import kernel_name
 from vpt_agent.types import View
 from vpt_agent.vision.encoders import encoder_pixels
@@ -67,11 +68,12 @@ class FeatureStore:
         seconds: dict[str, float] = {}
         for source, views in missing.items():
             began = time.perf_counter()
-            for key, entry in zip(views, self._compute(source, list(views.values())), strict=True):
+            for key, entry in zip(views, self._fitting(source, list(views.values())), strict=True):
                 at_hand[key] = entry
             for key in views:
                 seconds[key] = (time.perf_counter() - began) / len(views)
         fresh = {key for views in missing.values() for key in views}
+        self.encoder_calls += len(fresh)
         answers = [
             [self._answer(look, v, at_hand, fresh, seconds) for v in look.views] for look in looks
         ]
@@ -111,8 +113,26 @@ class FeatureStore:
         kind = self.model.table[encoder].kind
         return "base" if kind.encoder == "base" and kind.input_size is None else encoder
 
+    def _fitting(self, source: str, views: list[View]) -> list[_Entry]:
+        """Features of all ``views``; where the device's memory does not hold them, in halves."""
+        try:
+            return self._compute(source, views)
+        except torch.OutOfMemoryError as error:
+            if len(views) == 1:
+                raise UserError(
+                    "the device has too little memory to encode this picture",
+                    where=views[0].id,
+                    got=f"{views[0].size[0]} x {views[0].size[1]} pixels for {source}",
+                    fix="give a smaller picture, run fewer questions at once, or lower "
+                    "max_cached_tokens",
+                ) from error
+        # Outside the handler: the error holds the frames, and so the memory, of what failed.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(views) // 2
+        return self._fitting(source, views[:middle]) + self._fitting(source, views[middle:])
+
     def _compute(self, source: str, views: list[View]) -> list[_Entry]:
-        self.encoder_calls += len(views)
         kind = None if source == "base" else self.model.table[source].kind
         if kind is None or kind.encoder == "base":
             patches = look_at(

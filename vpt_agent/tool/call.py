@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from vpt_agent.errors import ToolDefinitionError, ToolFailed
@@ -194,6 +195,8 @@ def _check(tool: PerceptionTool, job: Job) -> None:
         encoder = need.removeprefix("encoder:")
         if encoder != need and encoder not in context.kinds:
             raise ToolFailed(f"{tool.name} needs the encoder {encoder}, which this model lacks")
+    if tool.device is not None and tool.device != context.device:
+        context = replace(context, device=tool.device)
     job.context, job.deadline = context, context.deadline
     if job.stopped:
         context.cancelled.set()

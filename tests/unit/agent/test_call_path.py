@@ -8,12 +8,13 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from vpt_agent.agent import PerceptionAgent, Question
 from vpt_agent.engine.parts import Wait
 from vpt_agent.engine.sampling import Sampling
-from vpt_agent.errors import ToolFailed
+from vpt_agent.errors import ToolFailed, UserError
 from vpt_agent.tokens import PerceptionTable, own_kind
 from vpt_agent.tool import PerceptionTool, Rng, ToolArguments, ToolContext, perception_tool
 from vpt_agent.types import Answer, Limits
@@ -265,3 +266,41 @@ def _idle(until: threading.Event):  # type: ignore[no-untyped-def]
         done: Future[None] = Future()
         threading.Timer(0.05, done.set_result, (None,)).start()
         yield Wait((done,))
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+def crowded(agent: PerceptionAgent, fits: int) -> list[int]:
+    """Make the first look of ``agent`` run out of memory above ``fits`` pictures at once."""
+    real, sizes = agent.model.encode_images, []
+
+    def encode_images(pixel_values: torch.Tensor, grid_thw: torch.Tensor):  # type: ignore[no-untyped-def]
+        sizes.append(len(grid_thw))
+        if len(grid_thw) > fits:
+            raise torch.OutOfMemoryError("too many")
+        return real(pixel_values, grid_thw)
+
+    agent.model.encode_images = encode_images  # type: ignore[method-assign]
+    return sizes
+
+
+def test_pictures_that_do_not_fit_together_are_encoded_in_halves() -> None:
+    agent = PerceptionAgent.from_script(["Ok."])
+    sizes = crowded(agent, 2)
+    pictures = [Image.new("RGB", (56, 56), (n, 0, 0)) for n in range(5)]
+    answers = agent.run_batch([("?", picture) for picture in pictures])
+    assert [a.text for a in answers] == ["Ok."] * 5
+    assert sizes == [5, 2, 3, 1, 2]
+    assert agent.engine.features.encoder_calls == 5
+    plain = PerceptionAgent.from_script(["Ok."]).run_batch([("?", p) for p in pictures])
+    assert [a.trace.record().ids for a in answers] == [a.trace.record().ids for a in plain]
+
+
+def test_a_picture_that_does_not_fit_alone_is_its_run_s_trouble() -> None:
+    agent = PerceptionAgent.from_script(["Ok."])
+    crowded(agent, 0)
+    with pytest.raises(UserError, match="too little memory to encode this picture; where: image_1"):
+        agent.run("?", image=RED)
+    answers = agent.run_batch([("?", RED), "no picture?"])
+    assert [a.status for a in answers] == ["failed", "answered"]

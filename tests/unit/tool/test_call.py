@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from vpt_agent.errors import (
 )
 from vpt_agent.tokens.table import CLIP
 from vpt_agent.tool import (
+    FromContext,
     PerceptionTool,
     ToolArguments,
     ToolContext,
@@ -463,3 +465,12 @@ def test_whatever_the_model_sends_there_is_a_result(arguments: dict[str, object]
     if result.error is not None:
         assert result.error.kind in ("invalid_arguments", "unknown_source")
         result.error.message.encode("utf-8")
+
+
+def test_a_tool_with_a_device_of_its_own_is_told_it() -> None:
+    @perception_tool(device="cuda:1")
+    def where(device: Annotated[str, FromContext("device")]) -> str:
+        """Say where."""
+        return device
+
+    assert execute(where, call("where"), lambda: ToolContext(device="cuda:0")).text == "cuda:1"
