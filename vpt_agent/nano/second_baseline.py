@@ -75,10 +75,8 @@ class BaselineBatches(SecondBatches):
         images, items, cells = _Images(), list[tuple[Encoded, list[int]]](), list[Labels]()
         rows: list[tuple[DomainRecord, Pixels, AskedRecord]] = []
         while len(items) < self.size:
-            shard, record = rng.choice(pool.records)
+            shard, record, _ = self._chosen(pool, rng, group)
             asked = self._questions(record, group, rng)
-            if not asked:
-                continue
             large = self.view == "large"
             view = pool.view(shard, record.again[LARGE] if large else record.scene.whole)
             place = images.add(view, whole=whole_labels(view, record.scene))

@@ -16,7 +16,7 @@ import torch
 from vpt_agent.data import RowEncoder
 from vpt_agent.engine.features import FeatureStore
 from vpt_agent.engine.parts import Look
-from vpt_agent.errors import CheckpointError
+from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.nano.conversation import Encoded
 from vpt_agent.nano.domain import AGAIN, MARKS, ask, make_domain_scene
 from vpt_agent.nano.domain.export import row_of
@@ -128,14 +128,13 @@ def test_conversations_are_the_librarys(
     assert made.positions.tolist() == batch["position_ids"][:, 0, :n].tolist()
 
 
-@pytest.mark.parametrize(("kind", "number"), [("clip", 1), ("dino", 3), ("sam", 5)])
+@pytest.mark.parametrize("kind", ["clip", "dino", "sam"])
 def test_fast_loss_is_the_librarys(
     tmp_path: Path,
     encoder: SecondEncoder,
     model: Second,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
-    number: int,
 ) -> None:
     """The batched forward's loss of a re-encoding row equals that of the model's own `forward`."""
     scene = make_domain_scene(3, size=(672, 896))
@@ -148,7 +147,7 @@ def test_fast_loss_is_the_librarys(
     pool = DomainPool(tmp_path)
     record = pool.records[0][1]
     record.asked = [r for r in record.asked if r.question == asked.question]
-    fast = SecondBatches("talk", tmp_path, encoder, 1).batch(pool, number)
+    fast = SecondBatches("talk", tmp_path, encoder, 1, plan=[kind]).batch(pool, 0)
     trigger = TABLE[kind].trigger in encoder.tokenizer.decode(fast["input_ids"][0])
     picture = tmp_path / "scene.png"
     scene.image.save(picture)
@@ -164,6 +163,17 @@ def test_fast_loss_is_the_librarys(
     assert fast["input_ids"][0].tolist() == slow["input_ids"][0, : len(item)].tolist()
     # bfloat16 on one side; PIL and torch resize alike, not equally.
     assert metrics[f"{kind}_said"] == pytest.approx(float(output.loss), rel=0.02)
+
+
+def test_a_pool_without_questions_ends_in_an_error(drawn: Path, encoder: SecondEncoder) -> None:
+    """Not in an endless search."""
+    pool = DomainPool(drawn)
+    for _, record in pool.records:
+        record.asked = [r for r in record.asked if r.type == "count_marks"]
+    for kind in ("none", "two_looks"):
+        batches = SecondBatches("talk", drawn, encoder, 2, plan=[kind])
+        with pytest.raises(UserError, match="no scene of this pool has such a question"):
+            batches.batch(pool, 0)
 
 
 def test_labels_lie_on_the_marks(drawn: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from vpt_agent.errors import UserError
 from vpt_agent.nano.alphabet import COLOURS, SHAPES
 from vpt_agent.nano.batches import (
     Labels,
@@ -70,6 +71,8 @@ PLAN: Final[dict[Stage, tuple[str, ...]]] = {
         "read",
     ),
 }
+TRIES: Final = 1000
+"""So many scenes are tried until one has a question of a kind."""
 WINDOW: Final = 168
 """Side of the windows cut out of the clip view: 12 patches around a mark."""
 MORE: Final = 180
@@ -100,6 +103,8 @@ class SecondBatches(IterableDataset[Batch]):
         self.words = torch.tensor(
             [encoder.ids_of(f" {w}")[-1] for w in (*MARKS, *COLOURS, *SHAPES)]
         )
+        named = {encoder.ids_of(f" {w}")[-1] for w in (*MARKS, *every_name())}
+        self.names = torch.tensor(sorted(named))
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -204,6 +209,21 @@ class SecondBatches(IterableDataset[Batch]):
         wanted = {group, "either"} if group == "reencode" else {group}
         return [a for a in record.asked if TYPES[a.type].group in wanted]
 
+    def _chosen(
+        self, pool: DomainPool, rng: random.Random, group: str
+    ) -> tuple[int, DomainRecord, list[AskedRecord]]:
+        """A scene that has questions of a group."""
+        for _ in range(TRIES):
+            shard, record = rng.choice(pool.records)
+            found = self._asked(record, group)
+            if group in ("region", "two_looks"):  # only what the first version's tags can answer
+                found = [a for a in found if len(a.reads) == (1 if group == "region" else 2)]
+            if found:
+                return shard, record, found
+        raise UserError(
+            "no scene of this pool has such a question", where=self.directory, got=group
+        )
+
     def _plain(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
         """Rows of regions, of two regions, or without a call."""
         images, items, asked = _Images(), list[tuple[Encoded, list[int]]](), []
@@ -211,10 +231,9 @@ class SecondBatches(IterableDataset[Batch]):
         reading = kind == "read"
         group = "region" if reading else kind
         while len(items) < self.size:
-            shard, record = rng.choice(pool.records)
+            shard, record, found = self._chosen(pool, rng, group)
             view = pool.view(shard, record.scene.whole)
             first = images.add(view, whole=whole_labels(view, record.scene))
-            found = self._asked(record, group)
             for question in rng.sample(found, min(4, len(found))):
                 trigger = group if group == "region" else "region" if kind == "two_looks" else ""
                 trigger = trigger if rng.random() < 0.5 else ""
@@ -245,7 +264,7 @@ class SecondBatches(IterableDataset[Batch]):
             found_spots = asked_tags(batch, asked, self.encoder)
             batch |= {k: found_spots[k] for k in ("spot", "asking")}
         if kind == "none":
-            batch |= self._told(batch, shown)
+            batch |= {**self._told(batch, shown), "names": self.names}
         return {**batch, "name": kind, "first_reply": _first_reply(batch, self.encoder, kind)}
 
     def _told(
@@ -254,13 +273,12 @@ class SecondBatches(IterableDataset[Batch]):
         """Which visual tokens lie on the tags that a question is about, and from where to look."""
         ids, labels = batch["input_ids"], batch["labels"]
         spot, asking = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
-        names = torch.tensor(sorted({self.encoder.ids_of(f" {w}")[-1] for w in every_name()}))
         for row, (record, view, tags) in enumerate(shown):
             grid = torch.from_numpy(on_tags(record, tags, *token_grid(view)))
             start = int((ids[row] == self.encoder.image).nonzero()[0])
             spot[row, start : start + grid.numel()] = grid.flatten()
             learnt = int((labels[row] != -100).nonzero()[0])
-            named = torch.isin(ids[row, :learnt], names).nonzero()[:, 0]
+            named = torch.isin(ids[row, :learnt], self.names).nonzero()[:, 0]
             first = int(named[-1]) if len(named) else learnt - 1
             if tags:
                 asking[row, first:learnt] = True
@@ -271,10 +289,7 @@ class SecondBatches(IterableDataset[Batch]):
         pixels, labels, whose, looked = list[Pixels](), list[Labels](), list[int](), []
         seen: list[int] = []
         while len(items) < self.size:
-            shard, record = rng.choice(pool.records)
-            found = self._asked(record, "reencode")
-            if not found:
-                continue
+            shard, record, found = self._chosen(pool, rng, "reencode")
             view, again = (pool.view(shard, p) for p in (record.scene.whole, record.again[kind]))
             first = images.add(view, whole=whole_labels(view, record.scene))
             cells = again_labels(record, kind, *again.shape[:2])
@@ -299,7 +314,7 @@ class SecondBatches(IterableDataset[Batch]):
         batch: Batch = collate(images, items, self.pad) | images.labels()
         batch |= self._features(kind, images, seen, pixels, labels, whose)
         batch |= _control(batch, self.encoder, kind, rng, looked)
-        batch["words"] = self.words
+        batch |= {"words": self.words, "names": self.names}
         return {**batch, "name": kind, "first_reply": _first_reply(batch, self.encoder, kind)}
 
     def _features(

@@ -191,7 +191,7 @@ class Second(nn.Module):
             base, other, dense, metrics = self._seen(batch)
             if "input_ids" not in batch:
                 return dense, metrics
-            embeds, places, matched = self._embeds(batch, base, other)
+            embeds, places, control = self._embeds(batch, base, other)
             text = self.vpt.model
             states, seen, looks = text_states(text, embeds, batch["position_ids"])
             targets = batch["labels"][:, 1:]
@@ -210,9 +210,18 @@ class Second(nn.Module):
                 both = {"spot": batch[f"spot{spot}"], "asking": batch[f"asking{spot}"]}
                 pointing, metrics[f"{name}_pointing{spot}"] = _pointing(looks, both)
                 loss = loss + pointing
-        if matched is not None and bool(batch["asking_again"].any()):
-            chosen_loss, metrics[f"{name}_matched"] = _matching(matched, batch["spot_again"])
-            loss = loss + chosen_loss
+        asked = [
+            (f"{name}_asked{spot}", seen[batch[f"asking{spot}"]], batch[f"asking{spot}"])
+            for spot in ("", "_again")
+            if "names" in batch and f"asking{spot}" in batch
+        ]
+        if control is not None:
+            first = torch.zeros_like(batch["input_ids"][:, 0]) == 0
+            asked.append((f"{name}_control", control, first[:, None]))
+        for key, told, at in asked:
+            if len(told):
+                wrong, metrics[key] = self._asked(batch, told, at.nonzero()[:, 0])
+                loss = loss + wrong
         if places is not None:
             said, found = self._naming(seen[places], batch["token_labels"], batch["words"])
             loss, metrics = (
@@ -224,9 +233,9 @@ class Second(nn.Module):
     def _embeds(
         self, batch: dict[str, Any], base: Tensor, other: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Input embeddings with all pictures in place, where features lie, if any, and how well
+        """Input embeddings with all pictures in place, where features lie, if any, and the rows'
 
-        each matches its row's condition (rows, length).
+        control states.
         """
         ids = batch["input_ids"]
         embeds = self.vpt.model.embed_tokens(ids)
@@ -244,16 +253,28 @@ class Second(nn.Module):
         features = (base if other is None else other)[batch["again_index"]]
         places = ids == batch["placeholder"]
         own = condition[places.nonzero()[:, 0]]
-        match = (features * own).sum(-1, keepdim=True)
-        features = features + match * own
+        features = features + (features * own).sum(-1, keepdim=True) * own
         # Masked as published: of the question only the control state is left.
         embeds = embeds * (~batch["hidden"]).unsqueeze(-1)
         embeds = embeds.masked_scatter(places.unsqueeze(-1), features)
         at = torch.zeros_like(ids, dtype=torch.bool)
         at[rows, start + 1] = True
-        matched = torch.full(ids.shape, -torch.inf)
-        matched = matched.masked_scatter(places, match.squeeze(-1))
-        return embeds.masked_scatter(at.unsqueeze(-1), control), places, matched
+        return embeds.masked_scatter(at.unsqueeze(-1), control), places, control
+
+    def _asked(self, batch: dict[str, Any], told: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+        """Loss that makes states tell which marks, colours, shapes and places a question names.
+
+        ``told`` (n, D) are states of these rows. Left to themselves neither the control state nor
+        the attention after the features took up what was asked: they looked at all marks alike.
+        """
+        ids, names = batch["input_ids"], batch["names"]
+        questions = ids * ((batch["labels"] != -100).cumsum(1) == 0)
+        wanted = (questions[:, :, None] == names).any(1)[rows].float()
+        logits = told.float() @ self.vpt.model.embed_tokens.weight[names].T
+        few = torch.tensor(10.0)  # one or two of some twenty names are wanted
+        loss = functional.binary_cross_entropy_with_logits(logits, wanted, pos_weight=few)
+        right = ((logits > 0) == (wanted > 0)).all(1).float().mean()
+        return loss, float(right)
 
     def _naming(self, seen: Tensor, labels: Tensor, words: Tensor) -> tuple[Tensor, Metrics]:
         """As :func:`vpt_agent.nano.model.naming`, for features: marks, colours and shapes."""
@@ -269,17 +290,6 @@ class Second(nn.Module):
             loss = loss + weight * functional.cross_entropy(logits, wanted[on] - 1)
             metrics[f"says_{name}"] = float((logits.argmax(-1) == wanted[on] - 1).float().mean())
         return loss, metrics
-
-
-def _matching(matched: Tensor, spot: Tensor) -> tuple[Tensor, float]:
-    """Loss that makes the condition pick out, among the features, those that were asked for.
-
-    ``matched`` (rows, length) is f . c of each feature, -inf elsewhere. The state knows the
-    question; the attention after the features, which does not, looked at all marks alike.
-    """
-    rows = spot.any(1)
-    share = (matched[rows].softmax(1) * spot[rows]).sum(1)
-    return -(share + 1e-4).log().mean(), float(share.detach().mean())
 
 
 def parameter_count(model: nn.Module) -> int:
