@@ -12,19 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vpt_agent.agent.dialect import Dialect
 from vpt_agent.agent.dispatch import Dispatcher
 from vpt_agent.agent.plan import Abilities, require_tools
-from vpt_agent.agent.recorder import Recorder
 from vpt_agent.agent.run import Steps
-from vpt_agent.agent.session_voice import OnToken, SessionVoice
-from vpt_agent.agent.state import Conversation, Request
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
-from vpt_agent.agent.token_surface import TokenSurface
+from vpt_agent.agent.token_surface import TokenDialect
 from vpt_agent.engine.core import Engine, LanguageModel
 from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import MissingExtraError, UserError
-from vpt_agent.model.voice import Voice
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
 from vpt_agent.tokens.table import PerceptionTable, ResolvedTable
 from vpt_agent.tool import PerceptionTool, ToolRegistry
@@ -81,6 +78,14 @@ class PerceptionAgent:
         )
         self.layout = VPTLayout(tokenizer, model.table.table)
         self.dispatcher = Dispatcher(self.engine, registry, regions=abilities.regions)
+        self._dialect: Dialect | None = None
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the agent talks with its kind of model."""
+        if self._dialect is not None:
+            return self._dialect
+        return TokenDialect(self.layout, self.engine, self.dispatcher, self.abilities)
 
     @classmethod
     def from_pretrained(
@@ -165,17 +170,6 @@ class PerceptionAgent:
             registry=_registry(tools, model.table, abilities),
             abilities=abilities,
         )
-
-    def voice(
-        self,
-        request: Request,
-        talk: Conversation,
-        recorder: Recorder,
-        on_token: OnToken | None = None,
-    ) -> Voice:
-        """The model's side of a conversation, for one question (used by :class:`Talk`)."""
-        surface = TokenSurface(request, self.layout, self.engine.table)
-        return SessionVoice(request, talk, surface, self.dispatcher, recorder, on_token=on_token)
 
     def close(self) -> None:
         """Stop the tool threads. Sessions in use stay readable."""

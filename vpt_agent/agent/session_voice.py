@@ -63,6 +63,9 @@ class Surface(Protocol):
     def rules(self, allowed: Allowed, on_token: OnToken | None, room: int) -> TurnRules:
         """What the coming turn may do."""
 
+    def words(self, turn: Turn) -> list[int]:
+        """Ids of a turn that :meth:`answer` is given."""
+
     def items(self, turn: Turn) -> list[SaidCall | ParseError]:
         """The calls of a turn, and what is none."""
 
@@ -97,8 +100,8 @@ class SessionVoice:
     ) -> None:
         self.request, self.talk, self.surface = request, talk, surface
         self.dispatcher, self.recorder, self.on_token = dispatcher, recorder, on_token
-        self.session = talk.session
-        self.engine = talk.session.engine
+        self.session = talk.require_session()
+        self.engine = self.session.engine
         self.sampler = Sampler(request.sampling)
         self._logits: Tensor | None = None  # [vocab] of the next token
         self._said: list[int] = []  # ids of the turn's words
@@ -244,7 +247,7 @@ class SessionVoice:
         self._count(before)
         self._turn, self.talk.tail = turn, turn.pending
         self.recorder.decoded(turn, time.perf_counter() - began)
-        self._said += turn.text
+        self._said += self.surface.words(turn)
         stop: ReplyStop = "end" if turn.stop == "special" else turn.stop
         if turn.stop == "special":
             name = self.surface.name_of(turn.stop_id or 0)

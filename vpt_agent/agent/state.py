@@ -9,6 +9,7 @@ from typing import Any
 
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.engine.session import Session
+from vpt_agent.errors import InternalError
 from vpt_agent.trace import Trace
 from vpt_agent.types import Limits, ToolCall, ToolResult, View
 
@@ -18,7 +19,8 @@ class Request:
     """One question, checked: what a run is made of.
 
     ``kinds`` are the perception kinds the model may call, ``first`` those of which the first turn
-    must call one (empty: free). ``question`` has its trigger phrase already.
+    must call one (empty: free); names of tools, where calls are JSON. ``question`` has its trigger
+    phrase already.
     """
 
     question: str
@@ -40,10 +42,11 @@ class Conversation:
 
     ``tail`` are ids that were chosen and not computed yet. ``unclosed`` says that the assistant's
     last turn has no end of turn: it comes with what is appended next. ``originals`` are the user's
-    pictures, ``views`` all that can be named.
+    pictures, ``views`` all that can be named. ``told`` are names of the tools that the model was
+    told of as JSON, ``messages`` what was said to a model on another machine (no session then).
     """
 
-    session: Session
+    session: Session | None = None
     views: dict[str, View] = field(default_factory=dict)
     originals: tuple[View, ...] = ()
     tail: list[int] = field(default_factory=list)
@@ -51,6 +54,19 @@ class Conversation:
     runs: tuple[str, ...] = ()
     calls: int = 0
     busy: bool = False
+    told: frozenset[str] = frozenset()
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def require_session(self) -> Session:
+        """The session of a model on this machine."""
+        if self.session is None:
+            raise InternalError("this conversation has no session", where="Conversation")
+        return self.session
+
+    def close(self) -> None:
+        """Give the session's cache row back."""
+        if self.session is not None:
+            self.session.close()
 
     def name(self, view: View, trace: Trace) -> View:
         """Make ``view`` known. If its name means another picture already, in this conversation or
@@ -69,14 +85,17 @@ class Conversation:
 
     def save(self) -> Callable[[], None]:
         """Gives the function that takes back everything that happens from now on."""
-        mark, views, tail = self.session.mark(), dict(self.views), list(self.tail)
+        session, views, tail = self.session, dict(self.views), list(self.tail)
+        mark = None if session is None else session.mark()
         originals, unclosed, runs = self.originals, self.unclosed, self.runs
+        told, messages = self.told, list(self.messages)
 
         def restore() -> None:
-            if not self.session.closed:
-                self.session.rewind(mark)
+            if session is not None and mark is not None and not session.closed:
+                session.rewind(mark)
             self.views, self.tail, self.originals = views, tail, originals
             self.unclosed, self.runs = unclosed, runs
+            self.told, self.messages = told, messages
 
         return restore
 

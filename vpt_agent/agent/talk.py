@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt_agent.agent.plan import plan_request
+from vpt_agent.agent.dialect import Asked, Dialect, Heard
 from vpt_agent.agent.recorder import Recorder
 from vpt_agent.agent.run import Run, Steps
 from vpt_agent.agent.state import Conversation
 from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import UserError
-from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.trace import Event, Trace
 from vpt_agent.types import Answer, Limits, TokenSource, View
 from vpt_agent.vision.images import Source, load_views
@@ -26,6 +25,12 @@ if TYPE_CHECKING:
 
 Images = Source | Sequence[Source] | None
 TraceTarget = Trace | str | Path | None
+
+
+NO_TOKEN = -1
+"""The id of a piece of text whose model is on another machine: it has none here."""
+
+_NOBODY = Heard()
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,12 @@ class Talk:
         )
         self._state: Conversation | None = None
         self._closed = False
-        self._on_token: Callable[[int, TokenSource], None] | None = None
 
     def close(self) -> None:
         """Give the session's cache row back."""
         self._closed = True
         if self._state is not None:
-            self._state.session.close()
+            self._state.close()
             self._state = None
 
     def ask(
@@ -110,7 +114,7 @@ class Talk:
         """As :meth:`ask`, yielding what happens as it happens."""
         waiting: deque[StreamItem] = deque()
         answers: list[Answer] = []
-        pieces = _TextPieces(self.agent.layout)
+        pieces = _TextPieces(self.agent.dialect)
 
         def kept(steps: Steps) -> Steps:
             answer = yield from steps
@@ -120,10 +124,14 @@ class Talk:
         def on_token(token: int, source: TokenSource) -> None:
             waiting.append(TokenDelta(token, pieces.add(token), source))
 
+        def on_text(text: str) -> None:
+            waiting.append(TokenDelta(NO_TOKEN, text, "sampled"))
+
+        heard = Heard(on_token, on_text)
         detach = self.trace.subscribe(waiting.append)
         try:
             sampling = Sampling(temperature, top_k, top_p, seed)
-            steps = kept(self.steps(question, tool_choice, limits, sampling, image, on_token))
+            steps = kept(self.steps(question, tool_choice, limits, sampling, image, heard))
             # Closed here, so that a stopped run still finds its session and its listeners.
             with closing(self.agent.engine.steps([steps])) as loop:
                 for _ in loop:
@@ -144,7 +152,7 @@ class Talk:
         limits: Limits | None,
         sampling: Sampling,
         image: Images = None,
-        on_token: Callable[[int, TokenSource], None] | None = None,
+        heard: Heard = _NOBODY,
         intervention: Intervention | None = None,
     ) -> Steps:
         """The run as a generator for the engine's loop. Checks the request before anything runs.
@@ -157,25 +165,24 @@ class Talk:
                 "this conversation is closed", where="Talk", fix="start a new one: conversation()"
             )
         new = self._numbered(self._waiting.plus(_load(image, agent.allow_urls)))
-        request = plan_request(
-            question,
-            new.views,
-            tool_choice=tool_choice,
-            limits=limits or Limits(),
-            sampling=sampling,
-            table=agent.engine.table,
-            registry=agent.registry,
-            abilities=agent.abilities,
-            layout=agent.layout,
-            sources={v.id: f for v, f in zip(new.views, new.files, strict=True) if f is not None},
-            notes=new.notes,
+        request = agent.dialect.plan(
+            Asked(
+                question,
+                new.views,
+                tool_choice,
+                limits or Limits(),
+                sampling,
+                {v.id: f for v, f in zip(new.views, new.files, strict=True) if f is not None},
+                new.notes,
+            )
         )
         if self._state is None:
-            self._state = Conversation(agent.engine.session())
-        self._state.session.intervention = intervention
+            self._state = agent.dialect.conversation()
+        if self._state.session is not None:
+            self._state.session.intervention = intervention
         run = f"run_{len(self.trace.runs) + 1}"
-        recorder = Recorder(self.trace, run, agent.layout.raw_text)
-        voice = agent.voice(request, self._state, recorder, on_token)
+        recorder = Recorder(self.trace, run, agent.dialect.raw_text)
+        voice = agent.dialect.voice(request, self._state, recorder, heard)
         steps = Run(request, self._state, voice, agent.dispatcher, recorder).steps()
         return self._answered(steps)
 
@@ -202,14 +209,14 @@ class Talk:
 class _TextPieces:
     """Text of tokens one by one; a character of several tokens comes with its last one."""
 
-    def __init__(self, layout: VPTLayout) -> None:
-        self._layout = layout
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
         self._held: list[int] = []
 
     def add(self, token: int) -> str:
         """The text that is complete with ``token``."""
         self._held.append(token)
-        text = self._layout.text(self._held)
+        text = self._dialect.text(self._held)
         # Four bytes are the longest character: what is longer is broken, not unfinished.
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._held) < 4:
             return ""

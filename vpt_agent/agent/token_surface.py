@@ -3,15 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from vpt_agent.agent.session_voice import OnToken
-from vpt_agent.agent.state import Request
+from vpt_agent.agent.dialect import Asked, Heard
+from vpt_agent.agent.dispatch import Dispatcher
+from vpt_agent.agent.plan import Abilities, plan_request
+from vpt_agent.agent.recorder import Recorder
+from vpt_agent.agent.session_voice import OnToken, SessionVoice
+from vpt_agent.agent.state import Conversation, Request
+from vpt_agent.engine.core import Engine
 from vpt_agent.engine.decode import Turn, TurnRules
 from vpt_agent.model.voice import Allowed, SaidCall
 from vpt_agent.prompt.vpt import Outcome, PromptPart, VPTLayout
 from vpt_agent.tokens.grammar import Grammar, ParseError
 from vpt_agent.tokens.table import ResolvedTable
 from vpt_agent.types import View
+
+
+@dataclass(frozen=True)
+class TokenDialect:
+    """See :class:`vpt_agent.agent.dialect.Dialect`: VPT checkpoints, and the scripted model."""
+
+    layout: VPTLayout
+    engine: Engine
+    dispatcher: Dispatcher
+    abilities: Abilities
+
+    def plan(self, asked: Asked) -> Request:
+        """Kinds that are offered and required, trigger phrase, warnings."""
+        return plan_request(
+            asked.question,
+            asked.views,
+            tool_choice=asked.tool_choice,
+            limits=asked.limits,
+            sampling=asked.sampling,
+            table=self.engine.table,
+            registry=self.dispatcher.registry,
+            abilities=self.abilities,
+            layout=self.layout,
+            sources=asked.sources,
+            notes=asked.notes,
+        )
+
+    def conversation(self) -> Conversation:
+        """With a session of its own."""
+        return Conversation(self.engine.session())
+
+    def voice(
+        self, request: Request, talk: Conversation, recorder: Recorder, heard: Heard
+    ) -> SessionVoice:
+        """Turns as tokens of the session."""
+        surface = TokenSurface(request, self.layout, self.engine.table)
+        return SessionVoice(request, talk, surface, self.dispatcher, recorder, on_token=heard.token)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say."""
+        return self.layout.text(ids)
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        """What ids spell."""
+        return self.layout.raw_text(ids)
 
 
 class TokenSurface:
@@ -61,6 +112,10 @@ class TokenSurface:
             expired=allowed.expired,
             on_token=on_token,
         )
+
+    def words(self, turn: Turn) -> list[int]:
+        """Ids of the turn's words, its calls left out."""
+        return turn.text
 
     def items(self, turn: Turn) -> list[SaidCall | ParseError]:
         """What the grammar read while the turn was decoded."""

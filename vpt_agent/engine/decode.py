@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,36 @@ from torch import Tensor
 from vpt_agent.engine.parts import Fed, Feed, Tokens
 from vpt_agent.engine.sampling import Choice, Sampler
 from vpt_agent.engine.session import Session
-from vpt_agent.tokens.grammar import Grammar, GrammarState, ParsedCall, ParseError
+from vpt_agent.tokens.grammar import Event, ParsedCall, ParseError
 from vpt_agent.types import Span, TokenSource
 
 Stop = Literal["end", "special", "new_tokens", "deadline", "inline"]
+
+
+class CallGrammar(Protocol):
+    """What reads and constrains the calls of a turn: :class:`vpt_agent.tokens.Grammar` for
+    perception tokens, :class:`vpt_agent.engine.written.WrittenGrammar` for JSON. A state has a
+    ``kind``, which is not None inside a call."""
+
+    @property
+    def start(self) -> Any:
+        """The state before anything was read."""
+
+    def step(self, state: Any, token_id: int) -> tuple[Any, Event | None]:
+        """Read one id: the next state, and a call or an error that is complete with it."""
+
+    def allowed(self, state: Any) -> frozenset[int] | Tensor | None:
+        """The ids that may come next (a bool tensor [n]: those where it is true); None: any."""
+
+    def forced(self, state: Any) -> int | None:
+        """The one id that may come next, if there is only one."""
+
+    def finish(self, state: Any) -> ParseError | None:
+        """What it means that the ids end here."""
+
+
+def _nothing_banned(state: Any, full: bool) -> frozenset[int]:
+    return frozenset()
 
 
 @dataclass(frozen=True)
@@ -26,10 +52,11 @@ class TurnRules:
     never chosen. ``first`` restricts the first token of the turn (tool choice). ``max_calls``
     more calls may be started; ``max_new_tokens`` more tokens chosen. ``constrained`` False leaves
     the model free inside calls too: for measuring what the constraint does. ``inline`` kinds end
-    decoding at their call's end, for their result to be appended at once.
+    decoding at their call's end, for their result to be appended at once. ``ban`` gives ids that
+    are banned in a state of the grammar besides; ``full`` says that no call may begin any more.
     """
 
-    grammar: Grammar
+    grammar: CallGrammar
     end: int
     stop: frozenset[int]
     starts: frozenset[int]
@@ -41,10 +68,11 @@ class TurnRules:
     inline: frozenset[str] = frozenset()
     expired: Callable[[], bool] = lambda: False
     on_token: Callable[[int, TokenSource], None] | None = None
+    ban: Callable[[Any, bool], frozenset[int]] = _nothing_banned
 
     def constraint(
-        self, state: GrammarState, *, opening: bool, started: int
-    ) -> tuple[frozenset[int] | None, frozenset[int]]:
+        self, state: Any, *, opening: bool, started: int
+    ) -> tuple[frozenset[int] | Tensor | None, frozenset[int]]:
         """The ids allowed next (None: any) and those banned, in grammar state ``state``.
 
         ``opening``: this is the turn's first token; ``started`` calls were begun in the turn.
@@ -52,7 +80,9 @@ class TurnRules:
         allowed = self.grammar.allowed(state) if self.constrained else None
         if opening and self.first is not None:
             allowed = self.first
-        return allowed, self.banned | self.starts if started >= self.max_calls else self.banned
+        full = started >= self.max_calls
+        banned = self.banned | self.ban(state, full)
+        return allowed, banned | self.starts if full else banned
 
 
 @dataclass(frozen=True)
@@ -122,10 +152,10 @@ class _Decoder:
     def __init__(self, session: Session, logits: Tensor, sampler: Sampler, rules: TurnRules):
         self.session, self.sampler, self.rules = session, sampler, rules
         self.logits: Tensor | None = logits
-        self.state: GrammarState = rules.grammar.start
+        self.state: Any = rules.grammar.start
         self.turn = Turn()
         self.chosen: list[_Chosen] = []
-        self.started = 0
+        self.started = int(self.state.kind is not None)  # a turn may have to begin with a call
         self.forced_start = False
 
     def run(self) -> Generator[Feed, Fed, Turn]:
@@ -172,8 +202,8 @@ class _Decoder:
         allowed, banned = rules.constraint(
             self.state, opening=not self.chosen, started=self.started
         )
-        if allowed is not None and len(allowed) == 1:
-            (only,) = allowed
+        only = _only(allowed)
+        if only is not None:
             p = self.sampler.probability_of(self.logits, only)
             return _Chosen(only, "forced", 0.0, 1.0 - p)
         choice: Choice = self.sampler.choose(self.logits, allowed=allowed, banned=banned)
@@ -218,6 +248,14 @@ class _Decoder:
         # A special token ends the turn but has no place in the conversation.
         turn.spans = _spans(self.chosen[:-1] if stop == "special" else self.chosen)
         return turn
+
+
+def _only(allowed: frozenset[int] | Tensor | None) -> int | None:
+    """The one id that is allowed, if there is only one."""
+    if isinstance(allowed, Tensor):
+        ids = allowed.nonzero()
+        return int(ids[0]) if len(ids) == 1 else None
+    return next(iter(allowed)) if allowed is not None and len(allowed) == 1 else None
 
 
 def _spans(chosen: list[_Chosen]) -> list[Span]:

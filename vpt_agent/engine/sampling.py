@@ -73,10 +73,11 @@ class Sampler:
         self,
         logits: Tensor,
         *,
-        allowed: Iterable[int] | None = None,
+        allowed: Iterable[int] | Tensor | None = None,
         banned: Iterable[int] = (),
     ) -> Choice:
-        """Pick from ``logits`` [vocab] float32; only ``allowed`` ids, none of ``banned``.
+        """Pick from ``logits`` [vocab] float32; only ``allowed`` ids (or where a bool tensor [n],
+        n at most vocab, is true), none of ``banned``.
 
         Logits that are no numbers are a :class:`UserError`: nothing can be chosen by them.
         """
@@ -93,7 +94,10 @@ class Sampler:
         keep: Tensor | None = None
         if allowed is not None:
             keep = torch.zeros_like(logprobs, dtype=torch.bool)
-            keep[torch.tensor(sorted(allowed), device=keep.device)] = True
+            if isinstance(allowed, Tensor):
+                keep[: len(allowed)] = allowed.to(keep.device)
+            else:
+                keep[torch.tensor(sorted(allowed), device=keep.device)] = True
         ban = sorted(banned)
         if ban:
             if keep is None:

@@ -7,7 +7,9 @@ the tool gets a list. :mod:`vpt_agent.vision.frames` converts between the frames
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -18,13 +20,32 @@ _GRID = "[x_min, y_min, x_max, y_max], cells of the region grid, all inclusive"
 _PIXEL = "[left, top, right, bottom] in pixels of the source view"
 _NORM = "[left, top, right, bottom], 0 to 1000 of the source view's width and height"
 
-GridBox = Annotated[list[int], Field(min_length=4, max_length=4, description=_GRID)]
+FrameName = Literal["grid", "view", "norm1000"]
+
+FRAME_WORDS: Mapping[FrameName, str] = {"grid": _GRID, "view": _PIXEL, "norm1000": _NORM}
+"""How the frames are told in a schema."""
+
+
+@dataclass(frozen=True)
+class BoxFrame:
+    """Marks a type of box with its frame; the schema is not changed by it."""
+
+    frame: FrameName
+
+
+GridBox = Annotated[
+    list[int], Field(min_length=4, max_length=4, description=_GRID), BoxFrame("grid")
+]
 """``[x_min, y_min, x_max, y_max]``: cells of a k x k grid on the source view, inclusive."""
 
-PixelBox = Annotated[list[float], Field(min_length=4, max_length=4, description=_PIXEL)]
+PixelBox = Annotated[
+    list[float], Field(min_length=4, max_length=4, description=_PIXEL), BoxFrame("view")
+]
 """``[left, top, right, bottom]`` in pixels of the source view, right and bottom exclusive."""
 
-Norm1000Box = Annotated[list[float], Field(min_length=4, max_length=4, description=_NORM)]
+Norm1000Box = Annotated[
+    list[float], Field(min_length=4, max_length=4, description=_NORM), BoxFrame("norm1000")
+]
 """``[left, top, right, bottom]``, each 0 to 1000 of the source view's width or height."""
 
 

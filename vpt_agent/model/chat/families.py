@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
-from vpt_agent.errors import UserError
-
-Coordinates = Literal["norm1000", "shown", "view"]
-"""The frame in which a model writes boxes: 0 to 1000 of a picture's width and height
-(``norm1000``), pixels of the picture as it was resized for the model (``shown``), or pixels of the
-view itself (``view``)."""
+from vpt_agent.tool.habits import Coordinates
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -38,16 +33,3 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The families with adapters of their own. Boxes: Qwen2-VL and Qwen3-VL were trained on 0 to 1000,
 Qwen2.5-VL on pixels of the resized picture (as their own documentation says)."""
-
-
-def check_coordinates(value: str) -> Coordinates:
-    """``value`` as a frame. Raises :class:`UserError` for anything else."""
-    for known in get_args(Coordinates):
-        if value == known:
-            frame: Coordinates = known
-            return frame
-    raise UserError(
-        "unknown frame for the model's boxes",
-        got=repr(value),
-        expected=", ".join(get_args(Coordinates)),
-    )
