@@ -20,13 +20,14 @@ class ModelPart(Part):
     """Which model learns, and which of the published habits it keeps.
 
     ``path``: a directory, a hub name, or ``shipped`` (the small model in the package). A plain
-    Qwen2-VL becomes a VPT model with ``encoders``; ``controls``, ``grid`` and ``encoder_weights``
-    as in ``VPTForConditionalGeneration.from_pretrained``. ``sizes`` names known sizes, for
-    ``--dry-run`` without files. ``positions``: M-RoPE, or 0..L-1 (``published``). ``gradients``:
-    ``full`` lets input embeddings learn, ``published`` gives none to them. ``control``: see the
-    decision page on causal control. ``passes``: no position is computed twice (``one``), or as the
-    release does. ``remember``: so many GiB of the outputs of frozen towers are kept, for pictures
-    that come again in later steps. ``images`` and ``trigger`` replace the checkpoint's.
+    Qwen2-VL, Qwen2.5-VL or Qwen3-VL becomes a VPT model with ``encoders``; ``controls``, ``grid``
+    and ``encoder_weights`` as in ``VPTForConditionalGeneration.from_pretrained``. ``sizes`` names
+    known sizes, for ``--dry-run`` without files. ``positions``: M-RoPE, or 0..L-1 (``published``).
+    ``gradients``: ``full`` lets input embeddings learn, ``published`` gives none to them.
+    ``control``: see the decision page on causal control. ``passes``: no position is computed twice
+    (``one``), or as the release does. ``remember``: so many GiB of the outputs of frozen towers are
+    kept, for pictures that come again in later steps. ``images`` and ``trigger`` replace the
+    checkpoint's.
     """
 
     path: str

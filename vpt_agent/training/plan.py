@@ -17,6 +17,10 @@ from torch import nn
 from vpt_agent.config import shipped_model
 from vpt_agent.errors import UserError
 from vpt_agent.model import VPTConfig, VPTForConditionalGeneration, perception_manifest
+from vpt_agent.model.bases import BASES
+from vpt_agent.model.checkpoint import read_config
+from vpt_agent.model.configuration import CONFIGS
+from vpt_agent.model.fresh import FromScratch, fresh_config
 from vpt_agent.model.published import PUBLISHED_ENCODERS, PUBLISHED_IMAGES
 from vpt_agent.model.tokenizer import kind_tokens
 from vpt_agent.tokens.table import PerceptionTable
@@ -26,6 +30,8 @@ from vpt_agent.training.run import stage_lists
 
 _VISION: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+          "mrope_interleaved": True}  # fmt: skip
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "qwen2-vl-2b": {
@@ -47,6 +53,35 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "vision": _VISION | {"hidden_size": 3584},
         "tied": False,
         "tokens": 151657,
+    },
+    "qwen2.5-vl-3b": {
+        "base": "qwen2_5_vl",
+        "text": {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
+            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "rope_parameters": _ROPE,
+        },
+        "vision": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        "tied": True,
+        "tokens": 151665,
+    },
+    "qwen3-vl-4b": {
+        "base": "qwen3_vl",
+        "text": {
+            "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 128, "rope_parameters": _ROPE3,
+        },
+        "vision": {
+            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+            "out_hidden_size": 2560, "patch_size": 16, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        "tied": True,
+        "tokens": 151669,
     },
 }  # fmt: skip
 """Shapes of the base models, as their public configs give them, for runs without their files.
@@ -121,7 +156,8 @@ def _size(count: int) -> str:
 def plan(config: TrainConfig) -> Plan:
     """Build the model of ``config`` on the meta device, and count. Downloads and reads no weights.
 
-    Its shapes are those of ``model.sizes``, or of the config in the directory ``model.path``.
+    Its shapes are those of ``model.sizes``, or of the config in the directory ``model.path``: of a
+    VPT checkpoint, or of a base with its tokenizer.
     """
     own = _config(config)
     own.num_inner_forward_run = 1 if config.stage == "alignment" else 2
@@ -154,6 +190,9 @@ def _config(config: TrainConfig) -> VPTConfig:
     part = config.model
     folder = Path(shipped_model() if part.path == "shipped" else part.path)
     if (folder / "config.json").is_file():
+        if read_config(folder)["model_type"] in BASES and part.encoders is not None:
+            wanted = FromScratch(part.encoders, part.controls, part.grid, part.encoder_weights)
+            return fresh_config(folder, wanted)[0]
         found: VPTConfig = VPTConfig.from_pretrained(folder)
         if found.perception is not None:
             return found
@@ -162,7 +201,7 @@ def _config(config: TrainConfig) -> VPTConfig:
             "a dry run needs the model's shapes",
             where="model.sizes",
             got=part.sizes,
-            expected=" or ".join(SIZES) + ", or a VPT checkpoint's directory in model.path",
+            expected=" or ".join(SIZES) + ", or a checkpoint's directory in model.path",
         )
     sizes = SIZES[part.sizes]
     table = PerceptionTable.published(
@@ -170,7 +209,7 @@ def _config(config: TrainConfig) -> VPTConfig:
     )
     # Counting needs no tokenizer: any free ids will do.
     ids = {token: sizes["tokens"] + i for i, token in enumerate(kind_tokens(table))}
-    return VPTConfig(
+    return CONFIGS[sizes.get("base", "qwen2_vl")](
         text_config=dict(sizes["text"]) | {"tie_word_embeddings": sizes["tied"]},
         vision_config=dict(sizes["vision"]),
         tie_word_embeddings=sizes["tied"],

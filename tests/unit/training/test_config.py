@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.model.directories import plain_qwen
 from vpt_agent.errors import UserError
 from vpt_agent.training import make_config, read_config
 from vpt_agent.training.plan import SIZES, plan
@@ -123,8 +124,31 @@ def test_a_dry_run_counts(name: str, billions: float, learning: set[str]) -> Non
     assert any("tokens per step" in line for line in made.lines())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "count"), [("qwen2.5-vl-3b", 3_754_622_976), ("qwen3-vl-4b", 4_437_815_808)]
+)
+def test_a_dry_run_on_a_newer_base(sizes: str, count: int) -> None:
+    """The base's own parameters are as many as its checkpoint on the hub has."""
+    model = {"path": "Qwen/some", "sizes": sizes, "encoders": ["clip"]}
+    made = plan(make_config(minimal(model=model)))
+    own = sum(p.parameters for p in made.parts if p.name != "clip_projector")
+    assert own == count
+    assert {p.name for p in made.parts if p.trainable} == {
+        "embed_tokens",
+        "model",
+        "clip_projector",
+    }
+
+
+@pytest.mark.parametrize("base", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_dry_run_on_the_folder_of_a_base(tmp_path: Path, base: str) -> None:
+    path = str(plain_qwen(tmp_path, base=base))
+    made = plan(make_config(minimal(model={"path": path, "encoders": ["clip"]})))
+    assert [p.name for p in made.parts if p.trainable][-1] == "clip_projector"
+
+
 def test_a_dry_run_needs_shapes() -> None:
     with pytest.raises(UserError, match=r"needs the model's shapes.*qwen2-vl-2b"):
         plan(make_config(minimal(model={"path": "rp-yu/some"})))
-    assert set(SIZES) == {"qwen2-vl-2b", "qwen2-vl-7b"}
+    assert set(SIZES) == {"qwen2-vl-2b", "qwen2-vl-7b", "qwen2.5-vl-3b", "qwen3-vl-4b"}
     assert plan(make_config(minimal())).parameters > 1e6  # the shipped model's own
