@@ -18,19 +18,25 @@ from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
 from vpt_agent.agent.token_surface import TokenDialect
+from vpt_agent.agent.written_surface import WrittenDialect
 from vpt_agent.engine.core import Engine, LanguageModel
 from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
+from vpt_agent.engine.vocabulary import Vocabulary
 from vpt_agent.errors import MissingExtraError, UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
 from vpt_agent.tokens.table import PerceptionTable, ResolvedTable
 from vpt_agent.tool import PerceptionTool, ToolRegistry
+from vpt_agent.tool.habits import Habit
 from vpt_agent.trace import RunFinished, Trace
 from vpt_agent.types import Answer, Limits, Usage
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from vpt_agent.model import VPTForConditionalGeneration
+    from vpt_agent.model.chat.load import StockParts
 
 Tools = Sequence[PerceptionTool | type[PerceptionTool]] | ToolRegistry | None
 
@@ -56,7 +62,7 @@ class PerceptionAgent:
 
     Make one with :meth:`from_pretrained`, or from parts: ``model`` and ``tokenizer``, the
     ``policy`` by which pictures become patches, a ``registry`` of tools, and what the checkpoint
-    says of itself (``abilities``).
+    says of itself (``abilities``). ``stock`` are the parts of a stock model, whose calls are JSON.
     """
 
     def __init__(
@@ -70,15 +76,36 @@ class PerceptionAgent:
         max_positions: int = 32768,
         max_cached_tokens: int | None = None,
         allow_urls: bool = False,
+        stock: StockParts | None = None,
+        constrained: bool = True,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.registry, self.abilities, self.allow_urls = registry, abilities, allow_urls
         self.engine = Engine(
             model, policy, max_positions=max_positions, max_cached_tokens=max_cached_tokens
         )
-        self.layout = VPTLayout(tokenizer, model.table.table)
+        self._layout = None if stock else VPTLayout(tokenizer, model.table.table)
         self.dispatcher = Dispatcher(self.engine, registry, regions=abilities.regions)
         self._dialect: Dialect | None = None
+        if stock is not None:
+            end = stock.layout.end
+            self._dialect = WrittenDialect(
+                stock.layout,
+                self.engine,
+                self.dispatcher,
+                abilities,
+                Habit(stock.coordinates),
+                Vocabulary(tokenizer, end=end) if constrained else None,
+            )
+
+    @property
+    def layout(self) -> VPTLayout:
+        """How conversations with perception tokens are laid out."""
+        if self._layout is None:
+            raise UserError(
+                "this agent's model has no perception tokens", where=self.abilities.name
+            )
+        return self._layout
 
     @property
     def dialect(self) -> Dialect:
@@ -99,6 +126,10 @@ class PerceptionAgent:
         max_cached_tokens: int | None = None,
         allow_urls: bool = False,
         progress: Callable[[str], None] | None = None,
+        coordinates: str | None = None,
+        max_pixels: int | None = None,
+        chat_template: str | None = None,
+        constrained: bool = True,
     ) -> PerceptionAgent:
         """Load a checkpoint directory or hub name; None is the small model that ships.
 
@@ -107,13 +138,23 @@ class PerceptionAgent:
         to those, a registry replaces them. ``progress`` hears one line per stage of loading.
         A model with a kind of its own needs that kind's tool: without it (and without a registry,
         which says that it is meant) a :class:`UserError` names the tool and its contract.
+
+        A stock Qwen2-VL, Qwen2.5-VL or Qwen3-VL calls its tools as JSON, by its own chat template
+        (``chat_template`` replaces it), ``constrained`` by their schemas while it decodes (extra
+        ``json``). It writes boxes in its family's frame, or in ``coordinates`` (``norm1000``,
+        ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a picture.
         """
-        from vpt_agent.agent.load import load_parts
+        from vpt_agent.agent.load import StockOptions, load_parts
 
         parts = load_parts(
-            name, device=device, dtype=dtype, encoders=encoders, say=progress or (lambda _: None)
+            name,
+            device=device,
+            dtype=dtype,
+            encoders=encoders,
+            say=progress or (lambda _: None),
+            options=StockOptions(coordinates, max_pixels, chat_template, constrained),
         )
-        return cls(
+        agent = cls(
             parts.model,
             parts.tokenizer,
             policy=parts.policy,
@@ -122,6 +163,45 @@ class PerceptionAgent:
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
             allow_urls=allow_urls,
+            stock=parts.stock,
+            constrained=constrained,
+        )
+        return agent
+
+    @classmethod
+    def from_stock(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        tools: Tools = None,
+        *,
+        name: str = "stock model in memory",
+        policy: ImagePolicy | None = None,
+        coordinates: str | None = None,
+        chat_template: str | None = None,
+        constrained: bool = True,
+        max_cached_tokens: int | None = None,
+    ) -> PerceptionAgent:
+        """An agent on a stock model that is in memory already; see :meth:`from_pretrained`."""
+        from vpt_agent.agent.load import stock_as_parts
+        from vpt_agent.model.chat.load import stock_parts
+        from vpt_agent.tool.habits import check_coordinates
+
+        frame = None if coordinates is None else check_coordinates(coordinates)
+        stock = stock_parts(
+            model, tokenizer, policy=policy, coordinates=frame, chat_template=chat_template
+        )
+        parts = stock_as_parts(stock, name)
+        return cls(
+            parts.model,
+            parts.tokenizer,
+            policy=parts.policy,
+            registry=_registry(tools),
+            abilities=parts.abilities,
+            max_positions=parts.max_positions,
+            max_cached_tokens=max_cached_tokens,
+            stock=stock,
+            constrained=constrained,
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,31 @@ from vpt_agent.vision.policy import ImagePolicy
 if TYPE_CHECKING:
     from vpt_agent.engine.core import LanguageModel
     from vpt_agent.model import VPTForConditionalGeneration
+    from vpt_agent.model.chat.load import StockParts
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an agent is made of."""
+    """What an agent is made of; ``stock`` if its model is one that writes calls as JSON."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     policy: ImagePolicy
     abilities: Abilities
     max_positions: int
+    stock: StockParts | None = None
+
+
+@dataclass(frozen=True)
+class StockOptions:
+    """What is said of stock models only: the frame of their boxes, the area of a picture at most,
+    their chat template (None: as the family and the checkpoint have it), and whether their calls
+    are constrained by the tools' schemas."""
+
+    coordinates: str | None = None
+    max_pixels: int | None = None
+    chat_template: str | None = None
+    constrained: bool = True
 
 
 def load_parts(
@@ -38,20 +53,66 @@ def load_parts(
     dtype: str,
     encoders: Sequence[str] | None,
     say: Callable[[str], None],
+    options: StockOptions = StockOptions(),
 ) -> Parts:
     """Load a checkpoint; see :meth:`PerceptionAgent.from_pretrained`."""
     say("loading torch and transformers")
     from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
+    from vpt_agent.model.checkpoint import find_checkpoint
 
     place = _device(device)
-    path = shipped_model() if name is None else name
+    path = shipped_model() if name is None else find_checkpoint(name)
     say(f"reading {path}")
+    if encoders is None and is_stock(path):
+        return _load_stock(path, str(name), place, _dtype(dtype, place), options)
+    if options != StockOptions():
+        raise UserError(
+            "coordinates, max_pixels, chat_template and constrained are for stock models",
+            where=name or "nano (shipped)",
+            got="a model with perception tokens",
+            fix="leave them out",
+        )
     kwargs: dict[str, Any] = {} if encoders is None else {"encoders": list(encoders)}
     model = VPTForConditionalGeneration.from_pretrained(path, dtype=_dtype(dtype, place), **kwargs)
     processor = VPTProcessor.from_pretrained(path, config=model.config)
     say(f"moving the model to {place}")
     model.to(place).eval()
     return parts_of(model, processor.tokenizer, "nano (shipped)" if name is None else str(name))
+
+
+def is_stock(folder: Path) -> bool:
+    """Whether a checkpoint is a stock model: no perception kinds, of a family that is known."""
+    from vpt_agent.model.chat import FAMILIES
+
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # the checkpoint's own reader says what is wrong with it
+    return isinstance(data, dict) and data.get("model_type") in FAMILIES
+
+
+def _load_stock(
+    folder: Path, name: str, place: torch.device, dtype: torch.dtype | str, options: StockOptions
+) -> Parts:
+    from vpt_agent.model.chat.load import load_stock
+    from vpt_agent.tool.habits import check_coordinates
+
+    frame = None if options.coordinates is None else check_coordinates(options.coordinates)
+    stock = load_stock(
+        folder,
+        device=place,
+        dtype=dtype,
+        max_pixels=options.max_pixels,
+        coordinates=frame,
+        chat_template=options.chat_template,
+    )
+    return stock_as_parts(stock, name)
+
+
+def stock_as_parts(stock: StockParts, name: str) -> Parts:
+    """Parts of a stock model in memory."""
+    abilities = Abilities(name=name)
+    return Parts(stock.model, stock.tokenizer, stock.policy, abilities, stock.max_positions, stock)
 
 
 def parts_of(model: VPTForConditionalGeneration, tokenizer: Tokenizer, name: str) -> Parts:

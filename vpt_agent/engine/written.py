@@ -71,7 +71,9 @@ class WrittenGrammar:
         """The state before anything was said."""
         if not self.must or self.vocabulary is None:
             return WrittenState(thinking=self.thinking)
-        tag = tuple(self.vocabulary.ids(self.tags[0] + b"\n"))
+        # A thought that the prompt began is ended unthought: a call was asked for.
+        thought = f"{THINK_END}\n\n".encode() if self.thinking else b""
+        tag = tuple(self.vocabulary.ids(thought + self.tags[0] + b"\n"))
         return WrittenState("call", self._matcher(self.must), before=tag)
 
     def _matcher(self, tools: Sequence[Offered]) -> Any:

@@ -32,6 +32,9 @@ HABIT_WORDS: Mapping[Coordinates, str] = {
     "view": FRAME_WORDS["view"],
 }
 
+LARGEST = 99_999
+"""No picture has as many pixels a side; without a bound a number could have digits without end."""
+
 _IN_SHORT: Mapping[Coordinates, str] = {
     "norm1000": "0 to 1000",
     "shown": "pixels of the resized picture",
@@ -131,8 +134,7 @@ def _bounded(schema: Any, habit: Habit) -> None:
         if schema.get("type") in ("number", "integer"):
             schema["type"] = "integer" if habit.whole else "number"
             schema["minimum"] = 0
-            if habit.coordinates == "norm1000":
-                schema["maximum"] = 1000
+            schema["maximum"] = 1000 if habit.coordinates == "norm1000" else LARGEST
             return
         for item in schema.values():
             _bounded(item, habit)

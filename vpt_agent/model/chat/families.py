@@ -1,35 +1,32 @@
-"""What is known of each family of stock models: how it sees, and in what frame it writes boxes.
-
-One row per ``model_type`` of transformers. Loads no torch.
-"""
+"""What is known of each family of stock models: in what frame it writes boxes, and how it sees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from vpt_agent.model.bases import BASES, Base
 from vpt_agent.tool.habits import Coordinates
-
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 @dataclass(frozen=True)
 class Family:
-    """``images`` are the numbers of its image processor, where the checkpoint's file is missing."""
+    """``base`` says what its configs hold; ``min_pixels`` and ``max_pixels`` bound the area of a
+    picture where the checkpoint has no file of its image processor."""
 
-    model_type: str
+    base: Base
     coordinates: Coordinates
-    images: Mapping[str, Any] = field(default_factory=dict)
+    min_pixels: int = 3136
+    max_pixels: int = 12845056
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
+    family.base.name: family
     for family in (
-        Family("qwen2_vl", "norm1000", {"patch": 14}),
-        Family("qwen2_5_vl", "shown", {"patch": 14}),
-        Family("qwen3_vl", "norm1000", {"patch": 16, "min_pixels": 65536} | HALF),
+        Family(BASES["qwen2_vl"], "norm1000"),
+        Family(BASES["qwen2_5_vl"], "shown"),
+        Family(BASES["qwen3_vl"], "norm1000", min_pixels=65536, max_pixels=16777216),
     )
 }
-"""The families with adapters of their own. Boxes: Qwen2-VL and Qwen3-VL were trained on 0 to 1000,
-Qwen2.5-VL on pixels of the resized picture (as their own documentation says)."""
+"""The families with adapters of their own, by ``model_type``. Boxes: Qwen2-VL and Qwen3-VL were
+trained on 0 to 1000, Qwen2.5-VL on pixels of the resized picture, as their reports say."""

@@ -3,10 +3,8 @@
 The engine gives positions, masks and a pooled cache, so sessions, batches and pictures in the
 middle of a conversation work as for VPT models; transformers' classes compute.
 
-Shapes: B rows, L new tokens, V visual tokens, D the language model's width, E the width of what
-the engine carries: D, or D (1 + n) for Qwen3-VL, whose decoder adds n more features of each visual
-token behind its first n layers (DeepStack, arXiv 2406.04334). They travel beside the token's
-embedding, zeros for text, so that features stay one tensor to cache and to splice.
+Shapes: B rows, L new tokens, V visual tokens, D the language model's width, W the width of rows
+with deeper levels (:mod:`vpt_agent.model.deepstack`).
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.model.deepstack import joined, split
 from vpt_agent.tokens.table import ResolvedTable
 
 
@@ -63,15 +62,12 @@ class StockQwen:
         return found
 
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
-        """The embedding: ids [B, L] to [B, L, E]."""
-        return self._embed
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        embedded: Tensor = self.net.get_input_embeddings()(ids)  # [B, L, D]
-        return nn.functional.pad(embedded, (0, self.width * self.deep))
+        """The embedding: ids [B, L] to [B, L, D]."""
+        found: Callable[[Tensor], Tensor] = self.net.get_input_embeddings()
+        return found
 
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
-        """Patches [P, C*T*p*p] and grids [N, 3] to N blocks of visual tokens [V, E]."""
+        """Patches [P, C*T*p*p] and grids [N, 3] to N blocks of visual tokens [V, W]."""
         output = self.net.model.get_image_features(pixel_values, grid_thw, return_dict=True)
         main = output.pooler_output  # N of [V, D]
         deep = list(getattr(output, "deepstack_features", None) or ())
@@ -82,7 +78,9 @@ class StockQwen:
                 got=f"{len(deep)} deep features",
                 expected=self.deep,
             )
-        return tuple(torch.cat(parts, -1) for parts in zip(main, *deep, strict=True))
+        return tuple(
+            joined(tokens, list(levels)) for tokens, *levels in zip(main, *deep, strict=True)
+        )
 
     def run_language_model(
         self,
@@ -91,19 +89,18 @@ class StockQwen:
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
     ) -> Tensor:
-        """Final-norm hidden states [B, L, D] of ``inputs_embeds`` [B, L, E].
+        """Final-norm hidden states [B, L, D] of ``inputs_embeds`` [B, L, W].
 
         ``position_ids`` [3, B, L]; ``attention_mask`` bool [B, 1, L, S], or None where plain
         causal attention is the same (one query a row, or a block at the start).
         """
         more: dict[str, Any] = {}
         mask: Any = attention_mask
-        if self.deep:
-            inputs_embeds, deep = inputs_embeds.split([self.width, self.width * self.deep], -1)
-            seen = (deep != 0).any(-1)  # [B, L]
-            if bool(seen.any()):
-                more["visual_pos_masks"] = seen
-                more["deepstack_visual_embeds"] = list(deep[seen].chunk(self.deep, -1))
+        inputs_embeds, levels = split(inputs_embeds, self.width)
+        if levels:
+            seen = torch.stack(levels).ne(0).any(-1).any(0)  # [B, L]
+            more["visual_pos_masks"] = seen
+            more["deepstack_visual_embeds"] = [level[seen] for level in levels]
         if attention_mask is None and past_key_values is not None:
             mask = self._plain_mask(inputs_embeds, past_key_values)
         output = self.net.model.language_model(

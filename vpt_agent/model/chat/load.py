@@ -1,0 +1,215 @@
+"""From a stock checkpoint to what an agent needs of it: model, tokenizer, layout, image policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.model.chat.families import FAMILIES, Family
+from vpt_agent.model.chat.qwen import StockQwen
+from vpt_agent.prompt.chat import ChatLayout, Message, Render, Schema
+from vpt_agent.tool.habits import Coordinates
+from vpt_agent.vision.policy import ImagePolicy
+
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_IMAGES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class StockParts:
+    """A stock model as an agent needs it."""
+
+    model: StockQwen
+    tokenizer: Any
+    layout: ChatLayout
+    policy: ImagePolicy
+    coordinates: Coordinates
+    max_positions: int
+
+
+def family_of(config: Mapping[str, Any], *, where: object) -> Family:
+    """The family of a config (as JSON). Raises :class:`CheckpointError` for an unknown one."""
+    found = FAMILIES.get(str(config.get("model_type")))
+    if found is None:
+        raise CheckpointError(
+            "this model is of no family that is known",
+            where=where,
+            got=f"model_type {config.get('model_type')!r}",
+            expected=", ".join(FAMILIES),
+            fix="serve it with an OpenAI-compatible server, and use PerceptionAgent.from_server",
+        )
+    return found
+
+
+def load_stock(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    max_pixels: int | None = None,
+    coordinates: Coordinates | None = None,
+    chat_template: str | None = None,
+) -> StockParts:
+    """Load the checkpoint in ``folder``. ``max_pixels`` bounds the area of every picture,
+    ``coordinates`` and ``chat_template`` replace the family's and the checkpoint's. A checkpoint
+    that lacks weights, or that transformers cannot read, is a :class:`CheckpointError`."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    family = family_of(_json(folder / "config.json"), where=folder)
+    try:
+        net, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            "transformers cannot load this checkpoint", where=folder, got=line[0]
+        ) from error
+    lost = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise CheckpointError(
+            "the checkpoint lacks weights of its model",
+            where=folder,
+            got=", ".join(map(str, lost[:3])) + more,
+            fix="download its files again",
+        )
+    return stock_parts(
+        net.to(device).eval(),
+        tokenizer,
+        policy=read_policy(folder, family, patch=_patch(net), max_pixels=max_pixels),
+        coordinates=coordinates or family.coordinates,
+        chat_template=chat_template or read_template(folder),
+    )
+
+
+def stock_parts(
+    net: Any,
+    tokenizer: Any,
+    *,
+    policy: ImagePolicy | None = None,
+    coordinates: Coordinates | None = None,
+    chat_template: str | None = None,
+) -> StockParts:
+    """The parts of a model in memory; the family's image policy and frame where none is given."""
+    family = family_of(net.config.to_dict(), where=type(net).__name__)
+    image_token = tokenizer.convert_ids_to_tokens(net.config.image_token_id)
+    layout = ChatLayout(
+        tokenizer,
+        renderer(tokenizer, chat_template),
+        image_token=image_token,
+        eos=tokenizer.eos_token_id,
+    )
+    return StockParts(
+        StockQwen(net),
+        tokenizer,
+        layout,
+        policy or _policy(family, {}, patch=_patch(net), max_pixels=None),
+        coordinates or family.coordinates,
+        net.config.get_text_config().max_position_embeddings,
+    )
+
+
+def renderer(tokenizer: Any, chat_template: str | None = None) -> Render:
+    """The chat template as a function; None is the tokenizer's own. What it refuses is a
+    :class:`UserError`."""
+    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the checkpoint has no chat template",
+            where=type(tokenizer).__name__,
+            fix="pass chat_template=, a Jinja text",
+        )
+
+    def render(messages: Sequence[Message], tools: Sequence[Schema] | None, opened: bool) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                chat_template=chat_template,
+                add_generation_prompt=opened,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UserError(
+                "the chat template refuses this conversation",
+                got=f"{type(error).__name__}: {error}",
+                fix="use the chat template that belongs to the checkpoint",
+            ) from error
+        return text
+
+    return render
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template that lies beside the weights: a processor's, which knows pictures, goes
+    before a tokenizer's (None: only that one is there)."""
+    for name in _TEMPLATES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.suffix == ".jinja":
+            return file.read_text(encoding="utf-8")
+        found = _json(file).get("chat_template")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def read_policy(
+    folder: Path, family: Family, *, patch: int, max_pixels: int | None = None
+) -> ImagePolicy:
+    """How the checkpoint's image processor resizes pictures; the family's numbers without it.
+    ``patch`` is the tower's."""
+    for name in _IMAGES:
+        if (folder / name).is_file():
+            data = _json(folder / name)
+            inner = data.get("image_processor", data)
+            if isinstance(inner, dict) and {"patch_size", "size", "image_mean"} & set(inner):
+                return _policy(family, inner, patch=patch, max_pixels=max_pixels)
+    return _policy(family, {}, patch=patch, max_pixels=max_pixels)
+
+
+def _policy(
+    family: Family, data: Mapping[str, Any], *, patch: int, max_pixels: int | None
+) -> ImagePolicy:
+    """``data`` is an image processor's file; what it does not say is the family's."""
+    size = data.get("size") or {}
+    least = data.get("min_pixels") or size.get("shortest_edge") or family.min_pixels
+    most = data.get("max_pixels") or size.get("longest_edge") or family.max_pixels
+    if max_pixels is not None:
+        most = min(most, max_pixels)
+        least = min(least, most)
+    return ImagePolicy(
+        kind="native",
+        min_pixels=least,
+        max_pixels=most,
+        patch=data.get("patch_size") or patch,
+        merge=data.get("merge_size") or 2,
+        temporal=data.get("temporal_patch_size") or 2,
+        mean=tuple(data.get("image_mean") or family.base.mean),
+        std=tuple(data.get("image_std") or family.base.std),
+    )
+
+
+def _patch(net: Any) -> int:
+    return int(net.config.vision_config.patch_size)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError("a file of the checkpoint is no JSON", where=file) from error
+    return data
