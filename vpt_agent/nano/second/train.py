@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -128,7 +129,7 @@ _OWN: Final = {
 def take_first(model: Second, source: Path) -> None:
     """Go on from the first version: its tower and language model, its words' embeddings.
 
-    A token that it did not have begins as the mean of those that it would have been cut into.
+    A token that it did not have begins beside the mean of those that it would have been cut into.
     """
     from transformers import Qwen2TokenizerFast
 
@@ -148,11 +149,16 @@ def take_first(model: Second, source: Path) -> None:
     old, new = Qwen2TokenizerFast.from_pretrained(source), second_tokenizer()
     before, known = state[_EMBEDDINGS].float(), old.get_vocab()
     table = model.vpt.model.embed_tokens.weight.data
+    spread = (before - before.mean(0)).norm(dim=1).mean()
     for token, number in new.get_vocab().items():
-        pieces = [known[token]] if token in known else old(
-            new.convert_tokens_to_string([token]), add_special_tokens=False
-        ).input_ids  # fmt: skip
-        table[number] = before[pieces].mean(0)
+        if token in known:
+            table[number] = before[known[token]]
+            continue
+        text = new.convert_tokens_to_string([token])
+        pieces = old(text, add_special_tokens=False).input_ids
+        # Means alone are so alike that no attention told the words for marks from each other.
+        own = functional.normalize(torch.randn(before.shape[1]), dim=0)
+        table[number] = before[pieces].mean(0) + spread * own
 
 
 _EMBEDDINGS: Final = "model.embed_tokens.weight"
