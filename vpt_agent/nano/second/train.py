@@ -157,8 +157,8 @@ def take_first(model: Second, source: Path) -> None:
         text = new.convert_tokens_to_string([token])
         pieces = old(text, add_special_tokens=False).input_ids
         # Means alone are so alike that no attention told the words for marks from each other.
-        own = functional.normalize(torch.randn(before.shape[1]), dim=0)
-        table[number] = before[pieces].mean(0) + spread * own
+        apart = functional.normalize(torch.randn(before.shape[1]), dim=0)
+        table[number] = before[pieces].mean(0) + spread * apart
 
 
 _EMBEDDINGS: Final = "model.embed_tokens.weight"
