@@ -18,6 +18,7 @@ from tests.unit.engine.conftest import ENCODERS, KINDS, Kit, picture
 from tests.unit.engine.test_batch_contract import runs, story
 from tests.unit.engine.test_cache_contract import full_pass, logits
 from tests.unit.model.batches import batch
+from tests.unit.model.batches import picture as batch_picture
 from tests.unit.model.directories import load, plain_qwen
 from tests.unit.model.test_one_pass import MIXED, assert_same
 from tests.unit.training import world
@@ -25,11 +26,17 @@ from vpt_agent import Limits, PerceptionAgent
 from vpt_agent.agent import Question
 from vpt_agent.cli import app
 from vpt_agent.engine.core import Engine
-from vpt_agent.engine.parts import Tokens
+from vpt_agent.engine.parts import Tokens, Unconditioned, Visual
+from vpt_agent.model import add_perception_kind
 from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.memory import FeatureMemory
 from vpt_agent.model.testing import tiny_model
 from vpt_agent.review import replay
+from vpt_agent.tokens import own_kind
+from vpt_agent.tool import ToolContext, perception_tool
+from vpt_agent.training import train
+from vpt_agent.types import View
+from vpt_agent.vision.images import load_views
 from vpt_agent.vision.policy import ImagePolicy
 
 NEWER = ("qwen2_5_vl", "qwen3_vl")
@@ -257,3 +264,73 @@ def test_from_a_plain_checkpoint_to_answers(tmp_path: Path, base: str) -> None:
     )
     assert answer.results[0].ok
     assert not [w for w in answer.warnings if "untrained" in w]
+
+
+@pytest.mark.parametrize("base", NEWER)
+def test_lora_in_bfloat16_with_checkpointing(tmp_path: Path, base: str) -> None:
+    pytest.importorskip("peft")
+    plain_qwen(tmp_path / "model", base=base)
+    world.save_rows(tmp_path / "rows", 6)
+    rows = json.loads((tmp_path / "rows" / "rows.json").read_text())
+    kept = [r for r in rows if not {"detection_images", "seg_images"} & set(r)]
+    (tmp_path / "rows" / "rows.json").write_text(json.dumps(kept))
+    settings = world.config(
+        tmp_path,
+        stage="lora",
+        steps=2,
+        model={"encoders": ["clip"], "passes": "two"},
+        data={"hold_out": 0},
+        lora={"rank": 2, "alpha": 4, "also": ["clip_projector", "embed_tokens"]},
+        precision="bfloat16",
+        gradient_checkpointing=True,
+    )
+    result = train(settings)
+    assert result.steps == 2
+    assert result.loss > 0
+    agent = PerceptionAgent.from_pretrained(result.checkpoint, device="cpu", dtype="bfloat16")
+    answer = agent.run(
+        "What is there?", image=shot(2), tool_choice="crop_region", limits=Limits(new_tokens=8)
+    )
+    assert answer.calls[0].name == "crop_region"
+
+
+@perception_tool(name="closer", needs={"view", "control"})
+def closer(context: ToolContext) -> View:
+    """Look at the whole picture again, at a size of its own."""
+    return context.require_view()
+
+
+@pytest.mark.parametrize("base", NEWER)
+def test_a_kind_of_ones_own_on_the_base_tower(base: str) -> None:
+    model, processor = tiny_model((), base=base)
+    policy = ImagePolicy.from_manifest(model.config.perception["images"])
+    kind = own_kind("closer", payload="control", input_size=4 * policy.step)
+    add_perception_kind(model, processor, kind, tool=closer)
+    made = batch(model, processor, [("closer", "")])
+    row = model.table["closer"]
+    # 84 x 56 pixels at a longer side of four visual tokens.
+    assert int((made["input_ids"] == row.placeholder).sum()) == 12
+    with torch.no_grad():
+        want = model(**made, control="causal").logits[0]
+    engine = Engine(model, policy)
+    pad, ids = model.config.image_token_id, made["input_ids"][0].tolist()
+    first, again = ids.index(pad), ids.index(row.placeholder)
+    (shown,) = engine.look("base", [picture_view(100, 56, 56)])
+    (closely,) = engine.look("closer", [picture_view(1, 84, 56)])
+    assert shown.grid is not None
+    session = engine.session()
+    session.append([Tokens(ids[:first])])
+    session.append([Visual(pad, shown.tokens, shown.grid)])
+    session.append([Tokens(ids[first + len(shown.tokens) : again])])
+    got = session.append(
+        [
+            Unconditioned(row.placeholder, closely.tokens, "closer"),
+            Tokens(ids[again + len(closely.tokens) :]),
+        ],
+        logits="all",
+    )
+    torch.testing.assert_close(got, want[again:], atol=1e-4, rtol=0)
+
+
+def picture_view(seed: int, width: int, height: int) -> View:
+    return load_views(batch_picture(seed, width, height))[0]
