@@ -80,6 +80,8 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     def __init__(self, config: VPTConfig) -> None:
         super().__init__(config)
         self.visual, self.model = build_parts_of(config.base, config)
+        # Which layers stay whole when the model is spread or sharded: its parts know.
+        self._no_split_modules = None
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.table = config.table

@@ -178,6 +178,17 @@ def test_sizes_are_said_never_assumed(base: str) -> None:
         config_on_base(wide, byte_tokenizer(), encoders=[])
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_layers_that_stay_whole_are_layers_of_the_model(base: str) -> None:
+    """FSDP refuses a model that names a class it does not have."""
+    model, _ = tiny_model(("dino", "sam"), base=base)
+    classes = {type(module).__name__ for module in model.modules()}
+    whole = set(model._no_split_modules)
+    assert type(model.model.layers[0]).__name__ in whole
+    assert type(model.visual.blocks[0]).__name__ in whole
+    assert {name for name in whole if name.startswith("Qwen")} <= classes
+
+
 def test_patches_of_another_base_are_refused() -> None:
     model, _ = tiny_model(("clip",), base="qwen3_vl")
     with pytest.raises(UserError, match=r"another size.*1176 values.*1536: patches of 16 x 16"):
