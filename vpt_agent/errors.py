@@ -79,6 +79,10 @@ class MissingExtraError(VPTError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 
 
+class ServerError(VPTError, RuntimeError):
+    """A model's server did not answer, or refused what it was asked, as often as it was tried."""
+
+
 class TrainingError(VPTError, RuntimeError):
     """Training cannot go on, though its input was fine: the loss is no number any more."""
 

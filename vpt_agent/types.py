@@ -176,6 +176,10 @@ class Usage:
     ``forward_tokens`` is the number of positions the language model computed and
     ``forward_calls`` how often it ran; ``encoder_calls`` counts pictures pushed through a vision
     encoder; ``reused_features`` counts pictures whose features were at hand already.
+
+    A model on another machine is sent the conversation again with every request, so there
+    ``prompt_tokens`` adds up over ``requests``; ``cached_tokens`` are those of them that it had at
+    hand. ``cost`` is in the currency of its prices, as far as they are known.
     """
 
     prompt_tokens: int = 0
@@ -189,6 +193,9 @@ class Usage:
     tool_calls: int = 0
     pixels: int = 0
     seconds: float = 0.0
+    requests: int = 0
+    cached_tokens: int = 0
+    cost: float = 0.0
 
     @property
     def new_tokens(self) -> int:

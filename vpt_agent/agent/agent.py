@@ -18,16 +18,13 @@ from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
 from vpt_agent.agent.token_surface import TokenDialect
-from vpt_agent.agent.written_surface import WrittenDialect
 from vpt_agent.engine.core import Engine, LanguageModel
 from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
-from vpt_agent.engine.vocabulary import Vocabulary
-from vpt_agent.errors import MissingExtraError, UserError
+from vpt_agent.errors import MissingExtraError, ServerError, UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
 from vpt_agent.tokens.table import PerceptionTable, ResolvedTable
 from vpt_agent.tool import PerceptionTool, ToolRegistry
-from vpt_agent.tool.habits import Habit
 from vpt_agent.trace import RunFinished, Trace
 from vpt_agent.types import Answer, Limits, Usage
 from vpt_agent.vision.policy import ImagePolicy
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vpt_agent.model import VPTForConditionalGeneration
-    from vpt_agent.model.chat.load import StockParts
+    from vpt_agent.model.remote import RemoteOptions
 
 Tools = Sequence[PerceptionTool | type[PerceptionTool]] | ToolRegistry | None
 
@@ -62,13 +59,14 @@ class PerceptionAgent:
 
     Make one with :meth:`from_pretrained`, or from parts: ``model`` and ``tokenizer``, the
     ``policy`` by which pictures become patches, a ``registry`` of tools, and what the checkpoint
-    says of itself (``abilities``). ``stock`` are the parts of a stock model, whose calls are JSON.
+    says of itself (``abilities``). ``dialect`` makes how the agent talks with a model without
+    perception tokens, from its engine and dispatcher.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         policy: ImagePolicy,
         registry: ToolRegistry,
@@ -76,27 +74,19 @@ class PerceptionAgent:
         max_positions: int = 32768,
         max_cached_tokens: int | None = None,
         allow_urls: bool = False,
-        stock: StockParts | None = None,
-        constrained: bool = True,
+        dialect: Callable[[Engine, Dispatcher], Dialect] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.registry, self.abilities, self.allow_urls = registry, abilities, allow_urls
         self.engine = Engine(
             model, policy, max_positions=max_positions, max_cached_tokens=max_cached_tokens
         )
-        self._layout = None if stock else VPTLayout(tokenizer, model.table.table)
         self.dispatcher = Dispatcher(self.engine, registry, regions=abilities.regions)
-        self._dialect: Dialect | None = None
-        if stock is not None:
-            end = stock.layout.end
-            self._dialect = WrittenDialect(
-                stock.layout,
-                self.engine,
-                self.dispatcher,
-                abilities,
-                Habit(stock.coordinates),
-                Vocabulary(tokenizer, end=end) if constrained else None,
-            )
+        self._layout, self._dialect = None, None
+        if dialect is not None:
+            self._dialect = dialect(self.engine, self.dispatcher)
+        elif tokenizer is not None:
+            self._layout = VPTLayout(tokenizer, model.table.table)
 
     @property
     def layout(self) -> VPTLayout:
@@ -144,7 +134,7 @@ class PerceptionAgent:
         ``json``). It writes boxes in its family's frame, or in ``coordinates`` (``norm1000``,
         ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a picture.
         """
-        from vpt_agent.agent.load import StockOptions, load_parts
+        from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
 
         parts = load_parts(
             name,
@@ -154,7 +144,7 @@ class PerceptionAgent:
             say=progress or (lambda _: None),
             options=StockOptions(coordinates, max_pixels, chat_template, constrained),
         )
-        agent = cls(
+        return cls(
             parts.model,
             parts.tokenizer,
             policy=parts.policy,
@@ -163,10 +153,8 @@ class PerceptionAgent:
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
             allow_urls=allow_urls,
-            stock=parts.stock,
-            constrained=constrained,
+            dialect=None if parts.stock is None else stock_dialect(parts, constrained=constrained),
         )
-        return agent
 
     @classmethod
     def from_stock(
@@ -183,7 +171,7 @@ class PerceptionAgent:
         max_cached_tokens: int | None = None,
     ) -> PerceptionAgent:
         """An agent on a stock model that is in memory already; see :meth:`from_pretrained`."""
-        from vpt_agent.agent.load import stock_as_parts
+        from vpt_agent.agent.load import stock_as_parts, stock_dialect
         from vpt_agent.model.chat.load import stock_parts
         from vpt_agent.tool.habits import check_coordinates
 
@@ -200,8 +188,7 @@ class PerceptionAgent:
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
-            stock=stock,
-            constrained=constrained,
+            dialect=stock_dialect(parts, constrained=constrained),
         )
 
     @classmethod
@@ -226,6 +213,40 @@ class PerceptionAgent:
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
+        )
+
+    @classmethod
+    def from_server(
+        cls,
+        model: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        tools: Tools = None,
+        *,
+        options: RemoteOptions | None = None,
+        client: Any = None,
+        allow_urls: bool = False,
+    ) -> PerceptionAgent:
+        """An agent whose ``model`` is behind an OpenAI-compatible server (extra ``openai``).
+
+        ``base_url`` is the server's address (None: the official one), ``api_key`` its key (None:
+        the environment's ``OPENAI_API_KEY``; a server of one's own mostly wants none). ``options``
+        say how it is talked to. ``client`` is an official client of one's own instead.
+        """
+        from vpt_agent.agent.remote import RemoteDialect
+        from vpt_agent.model.remote.client import Remote
+        from vpt_agent.model.remote.elsewhere import Elsewhere
+
+        remote = Remote(model, base_url=base_url, api_key=api_key, options=options, client=client)
+        abilities = Abilities(name=f"{model} at {base_url or 'its server'}")
+        return cls(
+            Elsewhere(),
+            None,
+            policy=ImagePolicy(kind="fit", longest=remote.options.longest, upscale=False),
+            registry=_registry(tools),
+            abilities=abilities,
+            allow_urls=allow_urls,
+            dialect=lambda _, dispatcher: RemoteDialect(remote, dispatcher, abilities),
         )
 
     @classmethod
@@ -342,7 +363,7 @@ class PerceptionAgent:
                 intervention=q.intervention,
             )
             return (yield from steps)
-        except (UserError, MissingExtraError) as error:
+        except (UserError, MissingExtraError, ServerError) as error:
             return _failed(error, Trace() if talk is None else talk.trace)
         finally:
             if talk is not None:

@@ -12,12 +12,14 @@ import torch
 
 from vpt_agent.agent.plan import Abilities
 from vpt_agent.config import shipped_model
-from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.errors import CheckpointError, InternalError, UserError
 from vpt_agent.prompt.vpt import Tokenizer
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
-    from vpt_agent.engine.core import LanguageModel
+    from vpt_agent.agent.dispatch import Dispatcher
+    from vpt_agent.agent.written_surface import WrittenDialect
+    from vpt_agent.engine.core import Engine, LanguageModel
     from vpt_agent.model import VPTForConditionalGeneration
     from vpt_agent.model.chat.load import StockParts
 
@@ -61,10 +63,11 @@ def load_parts(
     from vpt_agent.model.checkpoint import find_checkpoint
 
     place = _device(device)
+    kind = _dtype(dtype, place)
     path = shipped_model() if name is None else find_checkpoint(name)
     say(f"reading {path}")
     if encoders is None and is_stock(path):
-        return _load_stock(path, str(name), place, _dtype(dtype, place), options)
+        return _load_stock(path, str(name), place, kind, options)
     if options != StockOptions():
         raise UserError(
             "coordinates, max_pixels, chat_template and constrained are for stock models",
@@ -73,7 +76,7 @@ def load_parts(
             fix="leave them out",
         )
     kwargs: dict[str, Any] = {} if encoders is None else {"encoders": list(encoders)}
-    model = VPTForConditionalGeneration.from_pretrained(path, dtype=_dtype(dtype, place), **kwargs)
+    model = VPTForConditionalGeneration.from_pretrained(path, dtype=kind, **kwargs)
     processor = VPTProcessor.from_pretrained(path, config=model.config)
     say(f"moving the model to {place}")
     model.to(place).eval()
@@ -113,6 +116,28 @@ def stock_as_parts(stock: StockParts, name: str) -> Parts:
     """Parts of a stock model in memory."""
     abilities = Abilities(name=name)
     return Parts(stock.model, stock.tokenizer, stock.policy, abilities, stock.max_positions, stock)
+
+
+def stock_dialect(
+    parts: Parts, *, constrained: bool
+) -> Callable[[Engine, Dispatcher], WrittenDialect]:
+    """How an agent talks with a stock model; ``constrained`` needs the extra ``json``, and says so
+    at once."""
+    from vpt_agent.agent.written_surface import WrittenDialect
+    from vpt_agent.engine.vocabulary import Vocabulary
+    from vpt_agent.tool.habits import Habit
+
+    stock = parts.stock
+    if stock is None:
+        raise InternalError("a model with perception tokens has another dialect")
+    layout = stock.layout
+    vocabulary = Vocabulary(stock.tokenizer, end=layout.end) if constrained else None
+    habit = Habit(stock.coordinates)
+
+    def make(engine: Engine, dispatcher: Dispatcher) -> WrittenDialect:
+        return WrittenDialect(layout, engine, dispatcher, parts.abilities, habit, vocabulary)
+
+    return make
 
 
 def parts_of(model: VPTForConditionalGeneration, tokenizer: Tokenizer, name: str) -> Parts:

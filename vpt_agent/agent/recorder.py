@@ -17,6 +17,8 @@ from vpt_agent.trace import (
     PerceptionAppended,
     Prefilled,
     PromptRendered,
+    RequestAnswered,
+    RequestFailed,
     RunFinished,
     RunStarted,
     SpanInfo,
@@ -40,6 +42,7 @@ from vpt_agent.types import (
 
 if TYPE_CHECKING:
     from vpt_agent.engine.session import Session
+    from vpt_agent.model.remote.client import Done, Trouble
 
 
 class Recorder:
@@ -239,6 +242,72 @@ class Recorder:
                 start=start,
                 next_position=session.next_position,
                 seconds=seconds,
+            )
+        )
+
+    # --- models behind servers: text, and what the server counted ------------------------
+
+    def remote_prompt(self, text: str) -> None:
+        """What is said to a server's model; the earlier messages go with it."""
+        span = SpanInfo(source="given", ids=(), text=text)
+        self.trace.emit(PromptRendered(**self._ids(), text=text, spans=(span,)))
+
+    def remote_results(self, call_ids: Sequence[str], text: str) -> None:
+        """Results that go with the next request."""
+        self.trace.emit(
+            PerceptionAppended(
+                **self._ids(),
+                call_ids=tuple(call_ids),
+                spans=(SpanInfo(source="given", ids=(), text=text),),
+                visual_tokens=0,
+                start=0,
+                next_position=0,
+            )
+        )
+
+    def remote_said(self, text: str, finish: str, seconds: float) -> None:
+        """The words of an answer."""
+        span = SpanInfo(source="sampled", ids=(), text=text)
+        self.trace.emit(Decoded(**self._ids(), spans=(span,), stop=finish, seconds=seconds))
+
+    def request_failed(self, trouble: Trouble) -> None:
+        """An attempt that came to nothing."""
+        self.usage.requests += 1
+        self.trace.emit(
+            RequestFailed(
+                **self._ids(),
+                attempt=trouble.attempt,
+                error=trouble.error,
+                status=trouble.status,
+                message=trouble.message,
+                wait=trouble.wait,
+                left_out=trouble.left_out,
+            )
+        )
+
+    def request_answered(self, done: Done, cost: float | None) -> None:
+        """An answer, and what it took."""
+        said, counted = done.completion, done.completion.tokens
+        self.usage.requests += 1
+        self.usage.prompt_tokens += counted.prompt or 0
+        self.usage.sampled_tokens += counted.completion or 0
+        self.usage.cached_tokens += counted.cached or 0
+        self.usage.cost += cost or 0.0
+        self.trace.emit(
+            RequestAnswered(
+                **self._ids(),
+                model=said.model,
+                response_id=said.id,
+                finish=said.finish,
+                attempts=done.attempts,
+                prompt_tokens=counted.prompt,
+                cached_tokens=counted.cached,
+                completion_tokens=counted.completion,
+                reasoning_tokens=counted.reasoning,
+                cost=cost,
+                reasoning=said.reasoning,
+                refusal=said.refusal,
+                seconds=done.seconds,
             )
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.engine.session import Session
 from vpt_agent.errors import InternalError
+from vpt_agent.model.remote.messages import Entry
 from vpt_agent.trace import Trace
 from vpt_agent.types import Limits, ToolCall, ToolResult, View
 
@@ -55,7 +56,7 @@ class Conversation:
     calls: int = 0
     busy: bool = False
     told: frozenset[str] = frozenset()
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[Entry] = field(default_factory=list)
 
     def require_session(self) -> Session:
         """The session of a model on this machine."""

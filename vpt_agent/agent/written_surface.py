@@ -92,7 +92,7 @@ class WrittenSurface:
     # --- what is said to the model --------------------------------------------------------
 
     def _schemas(self, names: Sequence[str]) -> list[dict[str, object]]:
-        schemas = []
+        schemas: list[dict[str, object]] = []
         for name in names:
             tool = self.offered[name]
             function = {

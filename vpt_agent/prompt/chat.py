@@ -190,11 +190,16 @@ class ChatLayout:
         text = self.render(messages, offered if self.takes_tools and offered else None, True)
         return self._pieces(text, marks, pictures)
 
-    def follow_up(self, pictures: Sequence[Shown], question: str) -> list[PromptPart]:
-        """A later question, behind the assistant's end of turn."""
+    def follow_up(
+        self, pictures: Sequence[Shown], question: str, tools: Sequence[Schema] = ()
+    ) -> list[PromptPart]:
+        """A later question, behind the assistant's end of turn; ``tools`` are new ones."""
         marks = _Marks()
-        message = self._message("user", _asked(pictures, question, marks))
-        return self._later([message], marks, pictures)
+        content = _asked(pictures, question, marks)
+        if tools:
+            section = tools_section([self._plain_schema(tool) for tool in tools])
+            content = [marks(f"{section}\n\n"), *content]
+        return self._later([self._message("user", content)], marks, pictures)
 
     def results(self, outcomes: Sequence[Outcome], shown: Mapping[str, Shown]) -> list[PromptPart]:
         """What the calls of the last turn gave, and the opening of the next."""

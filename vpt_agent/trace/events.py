@@ -23,8 +23,9 @@ from vpt_agent.types import (
     View,
 )
 
-SCHEMA_VERSION = 1
-"""Version of the events and of the run folder. It grows with every change a reader must know."""
+SCHEMA_VERSION = 2
+"""Version of the events and of the run folder. It grows with every change a reader must know; older
+ones are read. 2: requests to servers."""
 
 
 def clean_text(value: object) -> object:
@@ -266,6 +267,41 @@ class PerceptionAppended(EventBase):
     seconds: float = 0.0
 
 
+class RequestFailed(EventBase):
+    """A request to a model's server came to nothing. ``error`` names its kind (the official
+    client's class), ``status`` the HTTP status if there was one, ``wait`` the seconds until it was
+    tried again (None: it was not). ``left_out`` is what the server refused and is not asked for any
+    more: then it was tried again without."""
+
+    type: Literal["request_failed"] = "request_failed"
+    attempt: int
+    error: str
+    status: int | None = None
+    message: Text = ""
+    wait: float | None = None
+    left_out: str | None = None
+
+
+class RequestAnswered(EventBase):
+    """A model's server answered. Token counts are the server's own, None where it did not tell;
+    ``cost`` is by the prices that were given, or as the server says. ``reasoning`` are thoughts
+    that it showed apart from its words."""
+
+    type: Literal["request_answered"] = "request_answered"
+    model: str = ""
+    response_id: str = ""
+    finish: str = ""
+    attempts: int = 1
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost: float | None = None
+    reasoning: Text = ""
+    refusal: Text | None = None
+    seconds: float = 0.0
+
+
 class LimitReached(EventBase):
     """A limit ended or cut something: ``value`` was needed, ``allowed`` was left or given."""
 
@@ -304,6 +340,8 @@ Event = Annotated[
     | ToolRejected
     | ToolFinished
     | PerceptionAppended
+    | RequestFailed
+    | RequestAnswered
     | LimitReached
     | WarningGiven
     | RunFinished,

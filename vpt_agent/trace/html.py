@@ -16,6 +16,8 @@ from vpt_agent.trace.events import (
     LimitReached,
     PerceptionAppended,
     PromptRendered,
+    RequestAnswered,
+    RequestFailed,
     RunFinished,
     RunStarted,
     SpanInfo,
@@ -25,7 +27,14 @@ from vpt_agent.trace.events import (
     ViewInfo,
     WarningGiven,
 )
-from vpt_agent.trace.show import arguments_text, box_text, counts_text, tokens_text, usage_text
+from vpt_agent.trace.show import (
+    arguments_text,
+    box_text,
+    counts_text,
+    request_text,
+    tokens_text,
+    usage_text,
+)
 
 if TYPE_CHECKING:
     from vpt_agent.trace.store import Trace
@@ -212,6 +221,10 @@ def _event(event: Event) -> str:
     if isinstance(event, PerceptionAppended):
         shown = _spans(event.spans)
         return f'{shown}<div class="muted">{tokens_text(event.visual_tokens)} appended</div>'
+    if isinstance(event, RequestAnswered):
+        return f'<div class="muted">{escape(request_text(event))}</div>'
+    if isinstance(event, RequestFailed):
+        return f'<div class="error">{escape(request_text(event))}</div>'
     if isinstance(event, LimitReached):
         text = f"Limit {event.limit}: {event.value:g} needed, {event.allowed:g} allowed"
         return f'<div class="error">{escape(text)}</div>'

@@ -12,6 +12,8 @@ from vpt_agent.trace.events import (
     ImageEncoded,
     LimitReached,
     PerceptionAppended,
+    RequestAnswered,
+    RequestFailed,
     RunFinished,
     RunStarted,
     SpanInfo,
@@ -98,12 +100,36 @@ def usage_text(event: RunFinished) -> str:
         "encoder_calls": "pictures encoded",
         "reused_features": "reused",
         "tool_calls": "calls",
+        "requests": "requests",
+        "cached_tokens": "cached",
+        "cost": "cost",
     }
     words = [f"{event.usage[k]:g} {word}" for k, word in names.items() if event.usage.get(k)]
     seconds = event.usage.get("seconds")
     if seconds:
         words.append(f"{seconds:.2f} s")
     return " · ".join(words)
+
+
+def request_text(event: RequestAnswered | RequestFailed) -> str:
+    """A request to a model's server: what it took, or why it came to nothing."""
+    if isinstance(event, RequestFailed):
+        status = "" if event.status is None else f" {event.status}"
+        after = "given up" if event.wait is None else f"again after {event.wait:.1f} s"
+        if event.left_out is not None:
+            after = f"again without {event.left_out}"
+        message = visible(event.message)
+        return f"attempt {event.attempt}: {event.error}{status}: {message} ({after})"
+    counts = {
+        "prompt": event.prompt_tokens,
+        "cached": event.cached_tokens,
+        "said": event.completion_tokens,
+        "thought": event.reasoning_tokens,
+    }
+    words = [f"{count} {name}" for name, count in counts.items() if count is not None]
+    if event.cost is not None:
+        words.append(f"cost {event.cost:.6g}")
+    return f"{event.model}: {event.finish}, {', '.join(words) or 'tokens not told'}"
 
 
 def tokens_text(count: int) -> str:
@@ -161,6 +187,11 @@ class _Page:
         elif isinstance(event, PerceptionAppended):
             what = f"{tokens_text(event.visual_tokens)} appended at {event.start}"
             self.line("  sees", what, note=", ".join(event.call_ids))
+        elif isinstance(event, RequestAnswered):
+            note = f"{event.attempts} attempts, {event.seconds:.2f} s"
+            self.line("  server", request_text(event), note=note)
+        elif isinstance(event, RequestFailed):
+            self.line("  server", request_text(event), "red")
         else:
             self.outcome(event)
 

@@ -376,12 +376,12 @@ def _read_manifest(directory: Path) -> Manifest:
             where=path,
             got="; ".join(str(e["msg"]) for e in error.errors()),
         ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
+    if not 1 <= manifest.schema_version <= SCHEMA_VERSION:
         raise TraceError(
             "this run was written with another version of the trace",
             where=path,
             got=manifest.schema_version,
-            expected=SCHEMA_VERSION,
+            expected=f"1 to {SCHEMA_VERSION}",
             fix=f"read it with vpt-agent {manifest.library}",
         )
     return manifest

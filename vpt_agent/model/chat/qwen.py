@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vpt_agent.errors import CheckpointError, UserError
@@ -25,9 +25,9 @@ class StockQwen:
     """A stock model as the engine needs it; ``net`` is transformers' own. It has no perception
     kinds: its tools are called as JSON."""
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net: Any = net
-        self.config: Any = net.config
+    def __init__(self, net: Any) -> None:
+        self.net = net
+        self.config: Any = self.net.config
         text = self.config.get_text_config()
         sliding = [kind for kind in getattr(text, "layer_types", None) or () if "full" not in kind]
         if sliding:
