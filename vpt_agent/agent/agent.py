@@ -257,11 +257,15 @@ class PerceptionAgent:
         *,
         encoders: Sequence[str] = ("clip", "dino", "sam"),
         table: PerceptionTable | None = None,
+        written: bool = False,
     ) -> PerceptionAgent:
         """An agent whose model says ``turns``, one after another: for tests and demos. It knows the
-        published kinds of ``encoders``, or those of ``table``."""
+        published kinds of ``encoders``, or those of ``table``. If its calls are ``written``, it
+        calls every tool as JSON in ``<tool_call>`` tags, with boxes as the tool wants them."""
         from vpt_agent.model.scripted import ScriptedModel
 
+        if written:
+            return cls._from_written_script(turns, tools)
         model = ScriptedModel(turns, encoders=encoders, table=table)
         abilities = Abilities(name="scripted")
         return cls(
@@ -270,6 +274,27 @@ class PerceptionAgent:
             policy=ImagePolicy(),
             registry=_registry(tools, model.table, abilities),
             abilities=abilities,
+        )
+
+    @classmethod
+    def _from_written_script(cls, turns: Sequence[str], tools: Tools) -> PerceptionAgent:
+        from vpt_agent.agent.written_surface import WrittenDialect
+        from vpt_agent.model.chat.scripted import scripted_layout
+        from vpt_agent.model.scripted import ScriptedModel
+        from vpt_agent.tool.habits import Habit
+
+        model = ScriptedModel(turns, table=PerceptionTable(()))
+        layout, abilities = scripted_layout(model.tokenizer), Abilities(name="scripted")
+        habit = Habit("view", whole=False)
+        return cls(
+            model,
+            model.tokenizer,
+            policy=ImagePolicy(),
+            registry=_registry(tools),
+            abilities=abilities,
+            dialect=lambda engine, dispatcher: WrittenDialect(
+                layout, engine, dispatcher, abilities, habit, None
+            ),
         )
 
     def close(self) -> None:

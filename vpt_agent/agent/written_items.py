@@ -33,7 +33,10 @@ class WrittenReader:
     def of(
         self, found: Sequence[WrittenCall | WrittenError], allowed: Allowed
     ) -> list[SaidCall | ParseError]:
-        """The same for calls that were read already."""
+        """The same for calls that were read already. Where no call may be made any more, a turn
+        that holds nothing else is the last one."""
+        if allowed.calls <= 0:
+            return []
         items: list[SaidCall | ParseError] = []
         count = 0
         for item in found:

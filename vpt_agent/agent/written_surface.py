@@ -77,8 +77,8 @@ class WrittenSurface:
         self._allowed = Allowed(0, 0)
         # Rows of the output head that belong to no token.
         used = len(self.vocabulary.spelled) if self.vocabulary is not None else 0
-        total = dialect.engine.model.config.get_text_config().vocab_size
-        self._unused = frozenset(range(used, total)) if used else frozenset()
+        total = dialect.engine.model.config.get_text_config().vocab_size if used else 0
+        self._unused = frozenset(range(used, total))
 
     @property
     def tools(self) -> Sequence[str]:
@@ -165,7 +165,13 @@ class WrittenSurface:
         )
 
     def _offer(self, name: str) -> Offered:
-        return Offered(name, schema_for(self.offered[name], self.habit))
+        """A tool as calls of it are constrained: a ``source`` is a view that there is."""
+        tool = self.offered[name]
+        schema = schema_for(tool, self.habit)
+        if "view" in tool.needs and "source" in schema.get("properties", {}) and self.talk.views:
+            none = [] if "source" in schema.get("required", ()) else [None]
+            schema["properties"]["source"] = {"enum": [*self.talk.views, *none]}
+        return Offered(name, schema)
 
     def words(self, turn: Turn) -> list[int]:
         """All ids of the turn: :meth:`answer` leaves calls and thoughts out."""
