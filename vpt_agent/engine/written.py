@@ -24,8 +24,8 @@ from vpt_agent.tokens.table import CALL_END, CALL_START, THINK_END, THINK_START
 TAIL = 48
 """Bytes of the text that are looked at for a tag; longer than any tag."""
 
-SEPARATORS = {"whitespace_pattern": "[ ]?"}
-"""At most one space between the parts of JSON: enough for both habits, and no endless ones."""
+SEPARATORS = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+"""A space behind commas and colons or none: both habits of models, and no endless spaces."""
 
 
 @dataclass(frozen=True, eq=False)
