@@ -105,6 +105,14 @@ def stock_parts(
 ) -> StockParts:
     """The parts of a model in memory; the family's image policy and frame where none is given."""
     family = family_of(net.config.to_dict(), where=type(net).__name__)
+    policy = policy or _policy(family, {}, patch=_patch(net), max_pixels=None)
+    if policy.patch != _patch(net):
+        raise UserError(
+            "the image policy cuts other patches than the model's tower takes",
+            where=type(net).__name__,
+            got=f"{policy.patch} pixels a side",
+            expected=f"{_patch(net)}",
+        )
     image_token = tokenizer.convert_ids_to_tokens(net.config.image_token_id)
     layout = ChatLayout(
         tokenizer,
@@ -116,7 +124,7 @@ def stock_parts(
         StockQwen(net),
         tokenizer,
         layout,
-        policy or _policy(family, {}, patch=_patch(net), max_pixels=None),
+        policy,
         coordinates or family.coordinates,
         net.config.get_text_config().max_position_embeddings,
     )
