@@ -15,6 +15,7 @@ from vpt_agent.trace import (
     Decoded,
     PerceptionAppended,
     PromptRendered,
+    RequestAnswered,
     RunFinished,
     RunStarted,
     Trace,
@@ -65,11 +66,19 @@ def replay(trace: Trace, agent: PerceptionAgent, *, into: Trace | None = None) -
     Questions of one conversation go on in one session, as they did. A run that did not come to its
     end (it failed, was stopped or killed) is compared up to where it came. The clock cannot be
     repeated: a run that it ended decodes as many tokens as it did then. A sampled run without a
-    seed cannot be replayed: :class:`TraceError`.
+    seed cannot be replayed, nor one whose model was on another machine: :class:`TraceError`.
     """
     started = [e for e in trace.events if isinstance(e, RunStarted)]
     if not started:
         raise TraceError("there is no run to replay", where=trace.directory)
+    asked = next((e for e in trace.events if isinstance(e, RequestAnswered)), None)
+    if asked is not None:
+        raise TraceError(
+            "what a server's model said cannot be computed again here",
+            where=asked.run,
+            got=f"answers of {asked.model or 'a server'}",
+            fix="ask it again: two runs compare by their texts",
+        )
     ends = {e.run: e for e in trace.events if isinstance(e, RunFinished)}
     new = into or Trace(model=agent.abilities.to_dict())
     difference: Difference | None = None
@@ -141,6 +150,6 @@ def _compare(
         was = recorded[i] if i < len(recorded) else None
         now = replayed[i] if i < len(replayed) else None
         if was != now:
-            before = agent.layout.raw_text(recorded[max(0, i - 8) : i])
+            before = agent.dialect.raw_text(recorded[max(0, i - 8) : i])
             return Difference(old_run, i, was, now, before)
     return None
