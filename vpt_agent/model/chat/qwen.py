@@ -78,9 +78,10 @@ class StockQwen:
                 got=f"{len(deep)} deep features",
                 expected=self.deep,
             )
-        return tuple(
-            joined(tokens, list(levels)) for tokens, *levels in zip(main, *deep, strict=True)
-        )
+        # By picture, as the main features; transformers 5.17 leaves the pictures together.
+        counts = [len(tokens) for tokens in main]
+        levels = [torch.split(d, counts) if isinstance(d, Tensor) else d for d in deep]
+        return tuple(joined(tokens, list(own)) for tokens, *own in zip(main, *levels, strict=True))
 
     def run_language_model(
         self,
