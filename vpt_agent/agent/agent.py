@@ -129,10 +129,12 @@ class PerceptionAgent:
         A model with a kind of its own needs that kind's tool: without it (and without a registry,
         which says that it is meant) a :class:`UserError` names the tool and its contract.
 
-        A stock Qwen2-VL, Qwen2.5-VL or Qwen3-VL calls its tools as JSON, by its own chat template
-        (``chat_template`` replaces it), ``constrained`` by their schemas while it decodes (extra
-        ``json``). It writes boxes in its family's frame, or in ``coordinates`` (``norm1000``,
-        ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a picture.
+        A stock Qwen2-VL, Qwen2.5-VL or Qwen3-VL (or another model of pictures and text whose
+        language model is a plain decoder: that is checked) calls its tools as JSON, by its own chat
+        template (``chat_template`` replaces it), ``constrained`` by their schemas while it decodes
+        (extra ``json``). It writes boxes in its family's frame, or in ``coordinates``
+        (``norm1000``, ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a
+        picture.
         """
         from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
 
@@ -160,7 +162,7 @@ class PerceptionAgent:
     def from_stock(
         cls,
         model: PreTrainedModel,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         tools: Tools = None,
         *,
         name: str = "stock model in memory",
@@ -170,15 +172,21 @@ class PerceptionAgent:
         constrained: bool = True,
         max_cached_tokens: int | None = None,
     ) -> PerceptionAgent:
-        """An agent on a stock model that is in memory already; see :meth:`from_pretrained`."""
+        """An agent on a stock model that is in memory already; see :meth:`from_pretrained`.
+
+        ``tokenizer`` is its processor instead, for a model that is no Qwen-VL.
+        """
         from vpt_agent.agent.load import stock_as_parts, stock_dialect
-        from vpt_agent.model.chat.load import stock_parts
+        from vpt_agent.model.chat.load import plain_parts, stock_parts
         from vpt_agent.tool.habits import check_coordinates
 
         frame = None if coordinates is None else check_coordinates(coordinates)
-        stock = stock_parts(
-            model, tokenizer, policy=policy, coordinates=frame, chat_template=chat_template
-        )
+        if hasattr(tokenizer, "tokenizer"):  # a processor
+            stock = plain_parts(model, tokenizer, coordinates=frame, chat_template=chat_template)
+        else:
+            stock = stock_parts(
+                model, tokenizer, policy=policy, coordinates=frame, chat_template=chat_template
+            )
         parts = stock_as_parts(stock, name)
         return cls(
             parts.model,

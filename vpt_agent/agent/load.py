@@ -84,14 +84,14 @@ def load_parts(
 
 
 def is_stock(folder: Path) -> bool:
-    """Whether a checkpoint is a stock model: no perception kinds, of a family that is known."""
-    from vpt_agent.model.chat import FAMILIES
+    """Whether a checkpoint is a stock model of pictures and text: it has no perception kinds."""
+    from vpt_agent.model.chat.load import is_stock_type
 
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         return False  # the checkpoint's own reader says what is wrong with it
-    return isinstance(data, dict) and data.get("model_type") in FAMILIES
+    return isinstance(data, dict) and is_stock_type(data.get("model_type"))
 
 
 def _load_stock(

@@ -134,6 +134,9 @@ class FeatureStore:
 
     def _compute(self, source: str, views: list[View]) -> list[_Entry]:
         kind = None if source == "base" else self.model.table[source].kind
+        own = getattr(self.model, "look", None)
+        if own is not None and source == "base":  # a stock model that reads pictures itself
+            return [_Entry(_own(t), None, ()) for t in own(views)]
         if kind is None or kind.encoder == "base":
             patches = look_at(
                 views, self.policy.at_input(None if kind is None else kind.input_size)

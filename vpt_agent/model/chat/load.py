@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.model.chat.families import FAMILIES, Family
+from vpt_agent.model.chat.plain import StockPlain
 from vpt_agent.model.chat.qwen import StockQwen
 from vpt_agent.prompt.chat import ChatLayout, Message, Render, Schema
 from vpt_agent.tool.habits import Coordinates
@@ -26,7 +27,7 @@ _IMAGES = ("preprocessor_config.json", "processor_config.json")
 class StockParts:
     """A stock model as an agent needs it."""
 
-    model: StockQwen
+    model: StockQwen | StockPlain
     tokenizer: Any
     layout: ChatLayout
     policy: ImagePolicy
@@ -34,18 +35,27 @@ class StockParts:
     max_positions: int
 
 
-def family_of(config: Mapping[str, Any], *, where: object) -> Family:
-    """The family of a config (as JSON). Raises :class:`CheckpointError` for an unknown one."""
-    found = FAMILIES.get(str(config.get("model_type")))
-    if found is None:
+def family_of(config: Mapping[str, Any], *, where: object) -> Family | None:
+    """The family of a config (as JSON), None for one without an adapter of its own. Raises
+    :class:`CheckpointError` if it is no model of pictures and text."""
+    name = str(config.get("model_type"))
+    if not is_stock_type(name):
         raise CheckpointError(
-            "this model is of no family that is known",
+            "this is no model of pictures and text that transformers knows",
             where=where,
-            got=f"model_type {config.get('model_type')!r}",
-            expected=", ".join(FAMILIES),
-            fix="serve it with an OpenAI-compatible server, and use PerceptionAgent.from_server",
+            got=f"model_type {name!r}",
+            expected=f"{', '.join(FAMILIES)}, or any other of AutoModelForImageTextToText",
         )
-    return found
+    return FAMILIES.get(name)
+
+
+def is_stock_type(name: object) -> bool:
+    """Whether transformers has a model of pictures and text under this ``model_type``."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN,
+    )
+
+    return name in FAMILIES or name in KNOWN
 
 
 def load_stock(
@@ -57,12 +67,36 @@ def load_stock(
     coordinates: Coordinates | None = None,
     chat_template: str | None = None,
 ) -> StockParts:
-    """Load the checkpoint in ``folder``. ``max_pixels`` bounds the area of every picture,
-    ``coordinates`` and ``chat_template`` replace the family's and the checkpoint's. A checkpoint
-    that lacks weights, or that transformers cannot read, is a :class:`CheckpointError`."""
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
+    """Load the checkpoint in ``folder``. ``max_pixels`` bounds the area of every picture (of a
+    known family), ``coordinates`` and ``chat_template`` replace the family's and the checkpoint's.
+    A checkpoint that lacks weights, or that transformers cannot read, is a
+    :class:`CheckpointError`."""
     family = family_of(_json(folder / "config.json"), where=folder)
+    net, reader = _load(folder, dtype, processor=family is None)
+    net = net.to(device).eval()
+    template = chat_template or read_template(folder)
+    if family is None:
+        if max_pixels is not None:
+            raise UserError(
+                "max_pixels is for models whose pictures are resized by us",
+                where=folder,
+                expected=", ".join(FAMILIES),
+                fix="change the size in its processor's file",
+            )
+        return plain_parts(net, reader, coordinates=coordinates, chat_template=template)
+    return stock_parts(
+        net,
+        reader,
+        policy=read_policy(folder, family, patch=_patch(net), max_pixels=max_pixels),
+        coordinates=coordinates or family.coordinates,
+        chat_template=template,
+    )
+
+
+def _load(folder: Path, dtype: torch.dtype | str, *, processor: bool) -> tuple[Any, Any]:
+    """The model, and its processor or its tokenizer."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -71,8 +105,9 @@ def load_stock(
             output_loading_info=True,
             local_files_only=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        reader = AutoProcessor if processor else AutoTokenizer
+        made = reader.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         line = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             "transformers cannot load this checkpoint", where=folder, got=line[0]
@@ -86,13 +121,40 @@ def load_stock(
             got=", ".join(map(str, lost[:3])) + more,
             fix="download its files again",
         )
-    return stock_parts(
-        net.to(device).eval(),
+    return net, made
+
+
+def plain_parts(
+    net: Any,
+    processor: Any,
+    *,
+    coordinates: Coordinates | None = None,
+    chat_template: str | None = None,
+) -> StockParts:
+    """The parts of a model without an adapter of its own, checked by computing a small conversation
+    both ways. Boxes are 0 to 1000 unless ``coordinates`` says otherwise."""
+    if coordinates == "shown":
+        raise UserError(
+            "how this model's pictures are resized is not known: boxes cannot be in their pixels",
+            where=type(net).__name__,
+            got=coordinates,
+            expected="norm1000, view",
+        )
+    tokenizer = processor.tokenizer
+    number = getattr(net.config, "image_token_id", None)
+    image_token = getattr(processor, "image_token", None) or tokenizer.convert_ids_to_tokens(number)
+    layout = ChatLayout(
         tokenizer,
-        policy=read_policy(folder, family, patch=_patch(net), max_pixels=max_pixels),
-        coordinates=coordinates or family.coordinates,
-        chat_template=chat_template or read_template(folder),
+        renderer(tokenizer, chat_template or getattr(processor, "chat_template", None)),
+        image_token=str(image_token),
+        eos=tokenizer.eos_token_id,
     )
+    model = StockPlain(net, processor, str(image_token))
+    model.check(layout)
+    longest = net.config.get_text_config().max_position_embeddings
+    # Only for counting beforehand: the processor decides how pictures are cut.
+    policy = ImagePolicy(kind="native")
+    return StockParts(model, tokenizer, layout, policy, coordinates or "norm1000", longest)
 
 
 def stock_parts(
@@ -105,6 +167,12 @@ def stock_parts(
 ) -> StockParts:
     """The parts of a model in memory; the family's image policy and frame where none is given."""
     family = family_of(net.config.to_dict(), where=type(net).__name__)
+    if family is None:
+        raise UserError(
+            "a model without an adapter of its own needs its processor",
+            where=type(net).__name__,
+            fix="pass its processor instead of its tokenizer",
+        )
     policy = policy or _policy(family, {}, patch=_patch(net), max_pixels=None)
     if policy.patch != _patch(net):
         raise UserError(

@@ -37,8 +37,8 @@ _TEMPLATE = (
 )
 
 
-def save_speaking(folder: str | Path, first: str, then: str) -> Path:
-    """Write the checkpoint: it answers ``first``, and ``then`` once a result was told."""
+def tiny_llava(words: Sequence[str] = ()) -> tuple[Any, Any]:
+    """A LLaVA of random weights and its processor, whose tokenizer has ``words`` besides bytes."""
     from transformers import (
         CLIPVisionConfig,
         LlavaConfig,
@@ -50,7 +50,7 @@ def save_speaking(folder: str | Path, first: str, then: str) -> Path:
 
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
-    tokenizer.add_tokens([first, then])
+    tokenizer.add_tokens(list(words))
     vocabulary = tokenizer.get_vocab()
     size = len(tokenizer)
     config = LlavaConfig(
@@ -61,21 +61,23 @@ def save_speaking(folder: str | Path, first: str, then: str) -> Path:
             num_attention_heads=2,
             image_size=28,
             patch_size=14,
+            initializer_range=0.1,
         ),
         text_config=Qwen2Config(
             vocab_size=size,
-            hidden_size=size + size % 2,
+            hidden_size=size + -size % 8,
             intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=4096,
+            initializer_range=0.1,
         ),
         image_token_id=vocabulary[IMAGE_TAG],
     )
-    model = LlavaForConditionalGeneration(config).eval()
-    pairs = [("?", first), ("!", then), (first, IM_END), (then, IM_END)]
-    _speak(model, [(vocabulary[a], vocabulary[b]) for a, b in pairs])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = vocabulary[IM_END]
     model.generation_config.pad_token_id = vocabulary[END_OF_TEXT]
     pictures = CLIPImageProcessorPil(
@@ -89,6 +91,15 @@ def save_speaking(folder: str | Path, first: str, then: str) -> Path:
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
     )
+    return model, processor
+
+
+def save_speaking(folder: str | Path, first: str, then: str) -> Path:
+    """Write the checkpoint: it answers ``first``, and ``then`` once a result was told."""
+    model, processor = tiny_llava([first, then])
+    vocabulary = processor.tokenizer.get_vocab()
+    pairs = [("?", first), ("!", then), (first, IM_END), (then, IM_END)]
+    _speak(model, [(vocabulary[a], vocabulary[b]) for a, b in pairs])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
