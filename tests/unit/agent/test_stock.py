@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vpt_agent.agent import PerceptionAgent
-from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.errors import CheckpointError, InternalError, UserError
 from vpt_agent.model.chat.testing import STOCK, TEMPLATES, save_stock, tiny_stock
 from vpt_agent.model.testing import tiny_model
 from vpt_agent.review.replay import replay
@@ -146,6 +146,15 @@ def test_a_model_with_perception_tokens_is_no_stock_model(tmp_path: Path) -> Non
     assert is_stock(save_stock(tmp_path / "plain"))
     (tmp_path / "plain" / "config.json").write_text("{")
     assert not is_stock(tmp_path / "plain")
+
+
+def test_a_dialect_in_json_is_for_stock_models() -> None:
+    from vpt_agent.agent.load import parts_of, stock_dialect
+
+    model, processor = tiny_model(("clip",))
+    parts = parts_of(model, processor.tokenizer, "vpt")
+    with pytest.raises(InternalError, match="has another dialect"):
+        stock_dialect(parts, constrained=False)
 
 
 # --- asking -------------------------------------------------------------------------------
