@@ -180,6 +180,12 @@ class Talk:
             self._state = agent.dialect.conversation()
         if self._state.session is not None:
             self._state.session.intervention = intervention
+        elif intervention is not None:
+            raise UserError(
+                "an experiment changes a forward pass, and a server's cannot be changed",
+                where=intervention.name,
+                fix="use a model of this machine",
+            )
         run = f"run_{len(self.trace.runs) + 1}"
         recorder = Recorder(self.trace, run, agent.dialect.raw_text)
         voice = agent.dialect.voice(request, self._state, recorder, heard)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt_agent.agent import AnswerReady, PerceptionAgent, TokenDelta
+from vpt_agent.agent import AnswerReady, PerceptionAgent, Question, TokenDelta
 from vpt_agent.errors import ServerError, UserError
 from vpt_agent.model.remote import Prices, RemoteOptions
 from vpt_agent.model.remote.testing import Fail, Say, ScriptedServer
@@ -306,6 +306,17 @@ def test_a_conversation_goes_on_and_a_failed_question_is_taken_back(image: Image
     roles = [m["role"] for m in server.requests[-1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     assert server.requests[-1]["messages"][-1]["content"] == "Which colour?"
+
+
+def test_an_experiment_on_a_server_is_refused(image: Image.Image) -> None:
+    class Change:
+        name = "no crops"
+
+    with ScriptedServer([Say("Yes.")]) as server:
+        question = Question("What?", image, intervention=Change())
+        (answer,) = agent_on(server).run_batch([question])
+    assert answer.status == "failed"
+    assert "a server's cannot be changed" in answer.warnings[-1]
 
 
 def test_a_batch_asks_at_the_same_time(image: Image.Image) -> None:

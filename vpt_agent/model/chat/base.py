@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.model.attention import ready_mask
 from vpt_agent.tokens.table import ResolvedTable
 
 
@@ -33,6 +34,15 @@ class StockModel:
                 got=f"{len(sliding)} of {text.num_hidden_layers} layers: {sliding[0]}",
                 fix="set use_sliding_window to false in its config, if the window is longer than "
                 "your conversations",
+            )
+        self.attention: str | None = getattr(text, "_attn_implementation", None)
+        if self.attention not in ("sdpa", "eager", None):
+            raise UserError(
+                "this attention takes no masks, which batches of unequal rows need",
+                where=type(net).__name__,
+                got=self.attention,
+                expected="sdpa, eager",
+                fix="load the model with attn_implementation='sdpa'",
             )
         self.width: int = text.hidden_size
         self._table = ResolvedTable(())
@@ -59,6 +69,13 @@ class StockModel:
         found: Callable[[Tensor], Tensor] = self.net.get_input_embeddings()
         return found
 
+    def mask(self, embeds: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor | None:
+        """The mask that the decoder is given for bool [B, 1, L, S], or for None: plain causal
+        attention over rows of one length. Never none, since transformers would then build one by
+        the longest row of the cache."""
+        whole = causal_mask(embeds, cache) if mask is None else mask
+        return ready_mask(whole, embeds, self.attention)
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., D]."""
         logits: Tensor = self.net.get_output_embeddings()(hidden)
@@ -78,8 +95,7 @@ class StockModel:
 
 
 def causal_mask(embeds: Tensor, cache: Cache | None) -> Tensor:
-    """Plain causal attention as a mask: bool [B, 1, L, S], so that transformers builds none of its
-    own, which would take the length of the longest row for every row's. For rows of one length."""
+    """Plain causal attention as a mask, bool [B, 1, L, S], for rows of one length."""
     batch, length = embeds.shape[:2]
     width = length if cache is None else cache.get_mask_sizes(length, 0)[0]
     allowed = torch.ones(length, width, dtype=torch.bool, device=embeds.device)

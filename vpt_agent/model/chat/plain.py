@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vpt_agent.errors import CheckpointError
-from vpt_agent.model.chat.base import StockModel, causal_mask
+from vpt_agent.model.chat.base import StockModel
 from vpt_agent.prompt.chat import ChatLayout, Shown
 from vpt_agent.prompt.words import Ids
 from vpt_agent.types import View
@@ -84,9 +84,7 @@ class StockPlain(StockModel):
         ``position_ids`` [3, B, L], of which all three are the same; ``attention_mask`` bool
         [B, 1, L, S], or None where plain causal attention is the same.
         """
-        mask = attention_mask
-        if mask is None:
-            mask = causal_mask(inputs_embeds, past_key_values)
+        mask = self.mask(inputs_embeds, attention_mask, past_key_values)
         output = self.decoder(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids[0],

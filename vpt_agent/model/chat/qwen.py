@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vpt_agent.errors import CheckpointError
-from vpt_agent.model.chat.base import StockModel, causal_mask
+from vpt_agent.model.chat.base import StockModel
 from vpt_agent.model.deepstack import joined, split
 
 
@@ -58,18 +58,18 @@ class StockQwen(StockModel):
         causal attention is the same (one query a row, or a block at the start).
         """
         more: dict[str, Any] = {}
-        mask: Any = attention_mask
         inputs_embeds, levels = split(inputs_embeds, self.width)
         if levels:
             seen = torch.stack(levels).ne(0).any(-1).any(0)  # [B, L]
             more["visual_pos_masks"] = seen
             more["deepstack_visual_embeds"] = [level[seen] for level in levels]
-        if attention_mask is None and past_key_values is not None:
-            # Ready masks, of which there are none, where the class takes masks by kind of layer.
-            if self.layer_types is not None and not self.deep:
-                mask = dict.fromkeys(self.layer_types)
-            else:
-                mask = causal_mask(inputs_embeds, past_key_values)
+        mask: Any = None
+        unmasked = attention_mask is None and self.attention != "eager"
+        if unmasked and self.layer_types is not None and not self.deep:
+            # Ready masks, of which there are none: cheaper, where the class takes them by layer.
+            mask = dict.fromkeys(self.layer_types)
+        else:
+            mask = self.mask(inputs_embeds, attention_mask, past_key_values)
         output = self.net.model.language_model(
             inputs_embeds=inputs_embeds.contiguous(),
             position_ids=position_ids,

@@ -143,6 +143,25 @@ def test_an_extreme_picture_is_squeezed_and_not_refused() -> None:
     assert plan.visual_tokens > 0
 
 
+def test_eager_attention_computes_the_same(stock: Stock) -> None:
+    engine = stock.engine()
+    parts = stock.conversation(engine, 1, 1)
+    wanted = engine.session().append(parts, logits="all")
+    eager, _ = tiny_stock(stock.net.config.model_type)
+    eager.set_attn_implementation("eager")
+    other = Stock(eager, stock.tokenizer, stock.policy)
+    session = other.engine().session()
+    pieces = [session.append([part], logits="all") for part in parts]
+    torch.testing.assert_close(torch.cat(pieces), wanted, atol=1e-4, rtol=0)
+
+
+def test_attention_without_masks_is_refused() -> None:
+    net, _ = tiny_stock("qwen2_vl")
+    net.config.get_text_config()._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UserError, match=r"takes no masks.*flash_attention_2.*'sdpa'"):
+        StockQwen(net)
+
+
 def test_perception_kinds_are_refused() -> None:
     model = StockQwen(made("qwen2_vl").net)
     for call in (
