@@ -60,10 +60,16 @@ class BaselineBatches(SecondBatches):
     """The stage talk's questions with direct answers; batch i depends only on the pool and i."""
 
     def __init__(
-        self, view: View, pool: Path, encoder: SecondEncoder, size: int = 16, start: int = 0
+        self,
+        view: View,
+        pool: Path,
+        encoder: SecondEncoder,
+        size: int = 16,
+        start: int = 0,
+        plan: Sequence[str] | None = None,
     ) -> None:
         # Batches of dense labels alone have no questions; here every batch has those labels.
-        plan = [k for k in PLAN["talk"] if _GROUPS.get(k, k) in GROUPS]
+        plan = [k for k in plan or PLAN["talk"] if _GROUPS.get(k, k) in GROUPS]
         super().__init__("talk", pool, encoder, size, start, plan)
         self.view = view
 

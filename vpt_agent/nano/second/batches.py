@@ -28,9 +28,16 @@ from vpt_agent.nano.domain.ask import TYPES
 from vpt_agent.nano.domain.marks import MARKS
 from vpt_agent.nano.domain.sight import AGAIN
 from vpt_agent.nano.domain.table import TABLE, VISUAL_TOKENS
-from vpt_agent.nano.pool import Pixels
+from vpt_agent.nano.pool import Pixels, Pool
 from vpt_agent.nano.questions import every_name
-from vpt_agent.nano.second.labels import CELL, again_labels, in_block_order, on_tags, spots
+from vpt_agent.nano.second.labels import (
+    CELL,
+    again_labels,
+    in_block_order,
+    middles,
+    on_tags,
+    spots,
+)
 from vpt_agent.nano.second.model import token_labels
 from vpt_agent.nano.second.pool import AskedRecord, DomainPool, DomainRecord
 from vpt_agent.nano.second.stickers import Stickers
@@ -79,6 +86,10 @@ MORE: Final = 180
 """So many stickers are put into a view in the stage see, where there is room for them."""
 SHIFT: Final = 20
 """Whole views are moved by up to so many pixels in the stage see."""
+COUNTED: Final = ("count_tags", "count_marks")
+ANCHOR: Final = 0
+"""Where n things are counted, they and the row's first token are to be looked at alike: the share
+that the first token gets, 1 / (n + 1), says how many they are."""
 HIDE: Final = 0.3
 """Share of re-encoding rows whose question is masked after its control state was taken."""
 
@@ -94,8 +105,10 @@ class SecondBatches(IterableDataset[Batch]):
         size: int = 16,
         start: int = 0,
         plan: Sequence[str] | None = None,
+        more: Path | None = None,
     ) -> None:
         self.stage, self.directory, self.encoder = stage, pool, encoder
+        self.more = None if more is None else Pool(more)
         self.size, self.start = size, start
         self.plan = tuple(plan or PLAN[stage])
         self._stock: dict[str, Stickers] = {}
@@ -224,15 +237,28 @@ class SecondBatches(IterableDataset[Batch]):
             "no scene of this pool has such a question", where=self.directory, got=group
         )
 
+    def _drawn(
+        self, pool: DomainPool, rng: random.Random, group: str
+    ) -> tuple[DomainPool | Pool, int, DomainRecord, list[AskedRecord]]:
+        """A scene with questions of a group, and the pool it lies in: every second one that is to
+        be read is of the first version's, if they are there."""
+        if self.more is None or group != "region" or rng.random() < 0.5:
+            return pool, *self._chosen(pool, rng, group)
+        shard, scene = rng.choice(self.more.records)
+        asked = [
+            AskedRecord("region", t.question, t.answer, [], [i]) for i, t in enumerate(scene.tags)
+        ]
+        return self.more, shard, DomainRecord(scene, [], [], {}), asked
+
     def _plain(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
         """Rows of regions, of two regions, or without a call."""
         images, items, asked = _Images(), list[tuple[Encoded, list[int]]](), []
-        shown: list[tuple[DomainRecord, Pixels, list[int]]] = []
+        shown: list[tuple[DomainRecord, Pixels, AskedRecord]] = []
         reading = kind == "read"
         group = "region" if reading else kind
         while len(items) < self.size:
-            shard, record, found = self._chosen(pool, rng, group)
-            view = pool.view(shard, record.scene.whole)
+            source, shard, record, found = self._drawn(pool, rng, group)
+            view = source.view(shard, record.scene.whole)
             first = images.add(view, whole=whole_labels(view, record.scene))
             for question in rng.sample(found, min(4, len(found))):
                 trigger = group if group == "region" else "region" if kind == "two_looks" else ""
@@ -241,7 +267,8 @@ class SecondBatches(IterableDataset[Batch]):
                 if reading and record.scene.tags:  # any tag, as often as there are some
                     number = rng.randrange(len(record.scene.tags))
                     text, reads = record.scene.tags[number].question, [number]
-                tags = [record.scene.tags[i] for i in reads]
+                # A direct answer is about tags, too, but not what they say.
+                tags = [] if group == "none" else [record.scene.tags[i] for i in reads]
                 answer = " ".join(t.answer for t in tags) if tags else question.answer
                 pieces = [(opening(text, trigger), False)]
                 grids, views = [token_grid(view)], [first]
@@ -251,14 +278,14 @@ class SecondBatches(IterableDataset[Batch]):
                     pieces.append((regions_call([t.cells for t in tags]), True))
                     pieces.append((regions_turn(len(tags)), False))
                     for tag in tags:
-                        crop = pool.view(shard, tag.crop)
+                        crop = source.view(shard, tag.crop)
                         views.append(images.add(crop, crop_labels(crop, tag.chars, tag.answer)))
                         grids.append(token_grid(crop))
                     if group == "region":
                         asked.append((tags[0], record.scene, view))
                 pieces.append((answer + END, True))
                 items.append((self.encoder.encode_again(pieces, grids, 0), views))
-                shown.append((record, view, question.tags))
+                shown.append((record, view, question))
         batch: Batch = collate(images, items, self.pad) | images.labels()
         if group == "region" and len(asked) == len(items):
             found_spots = asked_tags(batch, asked, self.encoder)
@@ -268,13 +295,16 @@ class SecondBatches(IterableDataset[Batch]):
         return {**batch, "name": kind, "first_reply": _first_reply(batch, self.encoder, kind)}
 
     def _told(
-        self, batch: Batch, shown: list[tuple[DomainRecord, Pixels, list[int]]]
+        self, batch: Batch, shown: list[tuple[DomainRecord, Pixels, AskedRecord]]
     ) -> dict[str, torch.Tensor]:
         """Which visual tokens lie on the tags that a question is about, and from where to look."""
         ids, labels = batch["input_ids"], batch["labels"]
         spot, asking = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
-        for row, (record, view, tags) in enumerate(shown):
-            grid = torch.from_numpy(on_tags(record, tags, *token_grid(view)))
+        even = torch.tensor([asked.type in COUNTED for *_, asked in shown])
+        for row, (record, view, asked) in enumerate(shown):
+            tags, where = asked.tags, middles if even[row] else on_tags
+            grid = torch.from_numpy(where(record, tags, *token_grid(view)))
+            spot[row, ANCHOR] = even[row]
             start = int((ids[row] == self.encoder.image).nonzero()[0])
             spot[row, start : start + grid.numel()] = grid.flatten()
             learnt = int((labels[row] != -100).nonzero()[0])
@@ -282,12 +312,12 @@ class SecondBatches(IterableDataset[Batch]):
             first = int(named[-1]) if len(named) else learnt - 1
             if tags:
                 asking[row, first:learnt] = True
-        return {"spot": spot, "asking": asking}
+        return {"spot": spot, "asking": asking, "even": even}
 
     def _again(self, pool: DomainPool, rng: random.Random, kind: str) -> Batch:
         images, items = _Images(), list[tuple[Encoded, list[int]]]()
         pixels, labels, whose, looked = list[Pixels](), list[Labels](), list[int](), []
-        seen: list[int] = []
+        seen, counted = list[int](), list[bool]()
         while len(items) < self.size:
             shard, record, found = self._chosen(pool, rng, "reencode")
             view, again = (pool.view(shard, p) for p in (record.scene.whole, record.again[kind]))
@@ -311,9 +341,10 @@ class SecondBatches(IterableDataset[Batch]):
                 items.append((encoded, [first]))
                 whose.append(len(pixels) - 1)
                 looked.append(spots(record, kind, again, question.tags))
+                counted.append(question.type in COUNTED)
         batch: Batch = collate(images, items, self.pad) | images.labels()
         batch |= self._features(kind, images, seen, pixels, labels, whose)
-        batch |= _control(batch, self.encoder, kind, rng, looked)
+        batch |= _control(batch, self.encoder, kind, rng, looked, counted)
         batch |= {"words": self.words, "names": self.names}
         return {**batch, "name": kind, "first_reply": _first_reply(batch, self.encoder, kind)}
 
@@ -373,7 +404,12 @@ def _first_reply(batch: Batch, encoder: SecondEncoder, kind: str) -> torch.Tenso
 
 
 def _control(
-    batch: Batch, encoder: SecondEncoder, kind: str, rng: random.Random, looked: list[Labels]
+    batch: Batch,
+    encoder: SecondEncoder,
+    kind: str,
+    rng: random.Random,
+    looked: list[Labels],
+    counted: list[bool],
 ) -> Batch:
     """Where calls start, which questions are masked, and where the answer should look."""
     ids = batch["input_ids"]
@@ -391,7 +427,8 @@ def _control(
             batch["labels"][row, : int(start[row]) + 4] = -100
         places = (ids[row] == placeholder).nonzero()[:, 0]
         spot[row, places] = torch.from_numpy(marks).bool()
-        if marks.any():
+        spot[row, ANCHOR] = counted[row]
+        if marks.any() or counted[row]:
             learnt = (batch["labels"][row] != -100).nonzero()[:, 0]
             asking[row, int(places[-1]) + 1 : int(learnt[learnt > places[-1]][0])] = True
     return {
@@ -400,4 +437,5 @@ def _control(
         "placeholder": placeholder,
         "spot_again": spot,
         "asking_again": asking,
+        "even_again": torch.ones(len(ids), dtype=torch.bool),
     }

@@ -77,6 +77,17 @@ def spots(record: DomainRecord, kind: str, view: Pixels, tags: list[int]) -> Lab
     return grid.reshape(-1)
 
 
+def middles(record: DomainRecord, tags: list[int], rows: int, columns: int) -> Flags:
+    """(rows, columns): the visual tokens of the first look with the middles of these tags."""
+    sx, sy = columns / record.scene.size[0], rows / record.scene.size[1]
+    grid = np.zeros((rows, columns), dtype=np.bool_)
+    for number in tags:
+        x0, y0, x1, y1 = record.marks[number].box
+        column, row = int((x0 + x1) / 2 * sx), int((y0 + y1) / 2 * sy)
+        grid[min(row, rows - 1), min(column, columns - 1)] = True
+    return grid
+
+
 def on_tags(record: DomainRecord, tags: list[int], rows: int, columns: int) -> Flags:
     """(rows, columns): which visual tokens of the first look lie on these tags."""
     sx, sy = columns / record.scene.size[0], rows / record.scene.size[1]

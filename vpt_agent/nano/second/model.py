@@ -208,7 +208,8 @@ class Second(nn.Module):
         for spot in ("", "_again"):
             if f"spot{spot}" in batch and bool(batch[f"asking{spot}"].any()):
                 both = {"spot": batch[f"spot{spot}"], "asking": batch[f"asking{spot}"]}
-                pointing, metrics[f"{name}_pointing{spot}"] = _pointing(looks, both)
+                even = batch.get(f"even{spot}")
+                pointing, metrics[f"{name}_pointing{spot}"] = shown(looks, both, even)
                 loss = loss + pointing
         asked = [
             (f"{name}_asked{spot}", seen[batch[f"asking{spot}"]], batch[f"asking{spot}"])
@@ -290,6 +291,25 @@ class Second(nn.Module):
             loss = loss + weight * functional.cross_entropy(logits, wanted[on] - 1)
             metrics[f"says_{name}"] = float((logits.argmax(-1) == wanted[on] - 1).float().mean())
         return loss, metrics
+
+
+def shown(looks: Tensor, batch: dict[str, Tensor], even: Tensor | None) -> tuple[Tensor, float]:
+    """As :func:`vpt_agent.nano.model._pointing`; in rows of ``even`` (batch,) all spots alike.
+
+    The attention on the spots together says nothing of how many of them are looked at: one mark of
+    two was enough, and with all on the marks, and none elsewhere, they cannot be counted.
+    """
+    if even is None:
+        return _pointing(looks, batch)
+    spot, asking = batch["spot"], batch["asking"]
+    rows = asking.nonzero()[:, 0]
+    weights = looks.float().transpose(1, 2)[asking]  # (n, heads, length)
+    on = spot[rows].float()[:, None]
+    together = -((weights * on).sum(-1) + 1e-4).log()
+    wanted = on / on.sum(-1, keepdim=True).clamp_min(1)
+    apart = -(wanted * ((weights + 1e-4).log() - wanted.clamp_min(1e-9).log())).sum(-1)
+    loss = torch.where(even[rows, None], apart, together).mean()
+    return loss, float((weights * on).sum(-1).detach().mean())
 
 
 def parameter_count(model: nn.Module) -> int:

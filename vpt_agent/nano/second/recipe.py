@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plan", help="kinds of batches in turn, with commas; for trials")
     parser.add_argument("--rate", type=float, help="peak learning rate of the stage")
     parser.add_argument("--begin", type=Path, help="weights file to begin the stage with")
+    parser.add_argument("--more", type=Path, help="a pool of the first version's, to read from")
     parser.add_argument("--first", type=Path, help="first version's checkpoint, for see")
     parser.add_argument("--only", choices=("clip", "dino", "sam"), help="one encoder, for see")
     options = parser.parse_args(arguments)
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         only=options.only,
         rate=options.rate,
         begin=options.begin,
+        more=options.more,
     )
 
 

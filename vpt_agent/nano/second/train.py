@@ -204,13 +204,15 @@ def train_second(
     only: str | None = None,
     rate: float | None = None,
     begin: Path | None = None,
+    more: Path | None = None,
 ) -> Path:
     """Train a stage into ``out/STAGE`` from the scenes in ``out/pool``; gives the weights' file.
 
     ``minutes`` stops early with a checkpoint that ``resume`` continues; ``steps`` replaces the
     schedule's length, ``rate`` its peak; ``plan`` replaces the kinds of batches in turn. ``only``
     runs the stage see for one encoder, into ``out/see-KIND``: they share nothing, so they can run
-    side by side. ``begin`` is a weights file of the second version to begin with instead.
+    side by side. ``begin`` is a weights file of the second version to begin with instead. ``more``
+    is a pool of the first version's: half of the scenes that are to be read come from there.
     """
     config = STAGES[stage]
     config = replace(config, rate=rate or config.rate)
@@ -222,7 +224,8 @@ def train_second(
     model = load_second(out, stage, first, begin)
     done = int(last.rsplit("-", 1)[1]) if last else 0
     arguments = _arguments(directory, config, steps or config.steps)
-    data = SecondBatches(stage, out / "pool", SecondEncoder(second_tokenizer()), size, done, plan)
+    encoder = SecondEncoder(second_tokenizer())
+    data = SecondBatches(stage, out / "pool", encoder, size, done, plan, more)
 
     def export() -> None:
         # Tied weights once: what is saved is what is loaded into a fresh model.
