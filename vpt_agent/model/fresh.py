@@ -17,9 +17,11 @@ from vpt_agent.errors import CheckpointError, UserError
 from vpt_agent.model.bases import BASES, Base
 from vpt_agent.model.configuration import CONFIGS, VPTConfig, perception_manifest
 from vpt_agent.model.published import PUBLISHED_ENCODERS, text_sizes, vision_sizes
+from vpt_agent.model.sam_checkpoint import original_encoder
 from vpt_agent.model.tokenizer import extend, load_tokenizer, token_ids
 from vpt_agent.tokens.table import IM_END, IM_START, PerceptionTable
 from vpt_agent.vision.policy import DEFAULT_POLICY, ImagePolicy
+from vpt_agent.vision.sam_checkpoint import is_original, read_sam, sam_sizes
 
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
@@ -234,7 +236,12 @@ def _encoder_shapes(
         known = PUBLISHED_ENCODERS[kind.config_prefix]
         shapes[kind.config_prefix] = dict(known)
         if kind.name in weights:
-            given = _encoder_config(Path(weights[kind.name]), known)
+            source = Path(weights[kind.name])
+            if kind.encoder == "sam" and is_original(source):
+                vision = sam_sizes(read_sam(source), source).vision
+                given = {k: vision[k] for k in known}
+            else:
+                given = _encoder_config(source, known)
             shapes[kind.config_prefix] |= given
     return shapes
 
@@ -246,7 +253,8 @@ def _encoder_config(folder: Path, known: Iterable[str]) -> dict[str, Any]:
         raise CheckpointError(
             "the encoder's config cannot be read",
             where=folder,
-            expected="a directory of a DINOv2 or SAM model that transformers wrote",
+            expected="a directory of a DINOv2 or SAM model that transformers wrote, or an original "
+            "SAM checkpoint (.pth) for the kind sam",
         ) from error
     data = data.get("vision_config") or data
     return {k: data[k] for k in known if data.get(k) is not None}
@@ -257,8 +265,10 @@ def _load_dino(folder: Path) -> nn.Module:
     return model
 
 
-def _load_sam(folder: Path) -> nn.Module:
-    model: nn.Module = SamModel.from_pretrained(folder, dtype=torch.float32).vision_encoder
+def _load_sam(source: Path) -> nn.Module:
+    if is_original(source):
+        return original_encoder(source)
+    model: nn.Module = SamModel.from_pretrained(source, dtype=torch.float32).vision_encoder
     return model
 
 

@@ -139,9 +139,10 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         makes a fresh VPT model of a plain Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL (whatever class
         of this module it is called on): ``controls`` control tokens per call (1),
         ``grid`` cells a side (8), ``encoder_weights`` directories of DINOv2 and SAM models by
-        kind, random without. ``for_training`` puts the masks of a checkpoint's training into
-        force; without it they rest. ``device`` moves the model; ``dtype``, ``device_map`` and the
-        rest go to transformers. A missing, unexpected or misshapen tensor is a
+        kind (for sam an original ``.pth`` file, too), random without. ``for_training`` puts the
+        masks of a checkpoint's training into force; without it they rest. ``device`` moves the
+        model; ``dtype``, ``device_map`` and the rest go to transformers. A missing, unexpected or
+        misshapen tensor is a
         :class:`~vpt_agent.errors.CheckpointError` that names it.
         """
         info: Mapping[str, Any] = {}
