@@ -15,6 +15,7 @@ from PIL import Image
 
 from vpt_agent.errors import ImageError
 from vpt_agent.types import Box, View
+from vpt_agent.vision.bombs import decoded_sizes
 from vpt_agent.vision.fetch import fetch
 
 Source = str | Path | bytes | Image.Image | npt.NDArray[Any]
@@ -55,7 +56,8 @@ def load_image(
     is laid on white, 16 bits become 8, palettes, CMYK and grey become RGB, of an animation the
     first frame is taken; what a caller may not expect is appended to ``warnings``.
 
-    A picture above ``max_pixels`` or a file above ``max_bytes`` is refused before it is decoded.
+    A picture above ``max_pixels`` or a file above ``max_bytes`` is refused before it is decoded,
+    and so is one that holds more than it says (tiles, icons).
     URLs (http, https) are refused unless ``allow_urls``, and then only public hosts are asked.
     Everything that cannot be read is an :class:`ImageError` with its reason.
     """
@@ -185,6 +187,8 @@ def _decode(
             expected=", ".join(FORMATS),
         ) from error
     with opened:
+        for size in decoded_sizes(opened, data):
+            _check_pixels(size, max_pixels, where)
         if frames > 1 and opened.format != "MPO":  # there the others are a camera's by-products
             notes.append(f"{opened.format} with several frames: only the first is used")
         return _to_rgb(opened, where, max_pixels, notes)
