@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from PIL import Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ICO = b"\0\0\1\0"
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
 
 
-def decoded_sizes(opened: Image.Image, data: bytes) -> Iterator[tuple[int, int]]:
-    """Sizes (width, height) of all that reading ``opened``, made of ``data``, would decode: its
-    own, the pictures inside an ICO, and a TIFF's tiles, each decoded whole."""
+def decoded_sizes(opened: Image.Image) -> Iterator[tuple[int, int]]:
+    """Sizes (width, height) of what loading ``opened`` would decode: its own, and that of a TIFF's
+    tiles, each decoded whole."""
     yield opened.size
-    if opened.format == "ICO":
-        yield from _icons(data)
     if opened.format == "TIFF":
         tags = getattr(opened, "tag_v2", {})
         tile = tags.get(_TILE_WIDTH), tags.get(_TILE_LENGTH)
@@ -24,8 +23,11 @@ def decoded_sizes(opened: Image.Image, data: bytes) -> Iterator[tuple[int, int]]
             yield tile[0], tile[1]
 
 
-def _icons(data: bytes) -> Iterator[tuple[int, int]]:
-    """What the pictures of an ICO say of themselves; its directory may say anything."""
+def opened_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Sizes (width, height) of what merely opening ``data`` would decode: the icons of an ICO,
+    which Pillow loads at once."""
+    if not data.startswith(_ICO) or len(data) < 6:
+        return
     (count,) = struct.unpack_from("<H", data, 4)
     for entry in range(count):
         at = 6 + 16 * entry

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vpt_agent.errors import ImageError
 from vpt_agent.types import Box, View
-from vpt_agent.vision.bombs import decoded_sizes
+from vpt_agent.vision.bombs import decoded_sizes, opened_sizes
 from vpt_agent.vision.fetch import fetch
 
 Source = str | Path | bytes | Image.Image | npt.NDArray[Any]
@@ -167,6 +167,8 @@ def _decode(
             expected=f"at most {max_bytes} bytes",
             fix="make it smaller, or raise max_bytes",
         )
+    for size in opened_sizes(data):
+        _check_pixels(size, max_pixels, where)
     Image.init()  # registers every reader, so that the list below can be narrowed to those at hand
     try:
         opened = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
@@ -187,7 +189,7 @@ def _decode(
             expected=", ".join(FORMATS),
         ) from error
     with opened:
-        for size in decoded_sizes(opened, data):
+        for size in decoded_sizes(opened):
             _check_pixels(size, max_pixels, where)
         if frames > 1 and opened.format != "MPO":  # there the others are a camera's by-products
             notes.append(f"{opened.format} with several frames: only the first is used")
