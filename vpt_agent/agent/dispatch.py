@@ -209,6 +209,7 @@ class Dispatcher:
             rng=random.Random(f"{seed}:{call.id}"),
             deadline=scope.deadline,
             device=str(self.engine.device),
+            access=self.registry.access,
             encode=self._encode,
             project=partial(self._project, scope.condition or self.engine.model.condition),
             crop=crop,

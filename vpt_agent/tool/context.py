@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from vpt_agent.errors import ModelRetry, UserError
 from vpt_agent.tokens.grid import RegionPolicy
 from vpt_agent.tokens.table import PerceptionKind
+from vpt_agent.tool.access import NOTHING, Access
 from vpt_agent.types import Box, View, VisualFeatures
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ Rng = Annotated[random.Random, FromContext("rng")]
 Deadline = Annotated[float | None, FromContext("deadline")]
 """The ``time.monotonic()`` at which the run must be over; None for no end."""
 
+Files = Annotated[Access, FromContext("access")]
+"""What may be read besides the pictures of the run: see :class:`vpt_agent.tool.Access`."""
+
 Cancelled = Annotated[threading.Event, FromContext("cancelled")]
 """Set when nobody waits for the result any more."""
 
@@ -73,6 +77,7 @@ class ToolContext:
     a call, ``kinds`` all rows of the model. ``regions`` says how cells of the grid become pixels.
     ``rng`` gives the same numbers for the same seed. ``deadline`` is the ``time.monotonic()`` at
     which the run must be over; ``cancelled`` is set when nobody waits for the result any more.
+    ``access`` reads the files and addresses that arguments name, if the user allowed it.
 
     ``encode(kind, view)`` gives the features [V, D] of a view by that kind's encoder;
     ``project(kind, features, control)`` the visual tokens [V, D] conditioned on the control
@@ -91,6 +96,7 @@ class ToolContext:
     deadline: float | None = None
     device: str = "cpu"
     cancelled: threading.Event = field(default_factory=threading.Event)
+    access: Access = NOTHING
     encode: Encode = _no_encoder
     project: Project = _no_projector
     crop: Callable[[View, Box], View] = _no_crop

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from weakref import WeakValueDictionary
 
-from vpt_agent.errors import ToolDefinitionError, UserError
-from vpt_agent.tool.define import Function, perception_tool
+from vpt_agent.errors import ToolDefinitionError, UserError, VPTError
+from vpt_agent.tool.access import NOTHING
+from vpt_agent.tool.define import Function, FunctionTool, perception_tool
+from vpt_agent.tool.extras import lacking
 from vpt_agent.tool.spec import PerceptionTool, check_definition
 from vpt_agent.tool.text import one_line
 from vpt_agent.types import CallError
@@ -30,12 +32,15 @@ _making = threading.Lock()
 
 @dataclass(frozen=True)
 class FailedTool:
-    """A tool of an installed package that did not load: ``error`` in one line, ``detail`` whole."""
+    """A tool of an installed package that did not load, or lacks what it needs: ``error`` in one
+    line, ``detail`` whole, and what is to be done."""
 
     name: str
     owner: str
     error: str
     detail: str
+    problem: str = "did not load"
+    fix: str = "mend or uninstall the package"
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,59 @@ class ToolRegistry:
         self._tools: dict[str, PerceptionTool] = {}
         self._owners: dict[str, str] = {}
         self.failed: tuple[FailedTool, ...] = ()
-        """What :meth:`from_entry_points` could not load."""
+        """What :meth:`from_entry_points` could not load, or left out."""
+        self._installed: set[str] = set()
+        self.access = NOTHING
+        """Files and addresses that its tools may read when arguments name them."""
         self.add_all(tools)
 
     @classmethod
-    def from_entry_points(cls, group: str = GROUP) -> ToolRegistry:
+    def from_entry_points(cls, group: str = GROUP, *, usable: bool = False) -> ToolRegistry:
         """The tools of all installed packages, ours among them, in order of their names.
 
         A tool that fails to load is kept in :attr:`failed` and reported when it is asked for; two
-        packages with one name are a :class:`ToolDefinitionError`.
+        packages with one name are a :class:`ToolDefinitionError`. With ``usable`` those that lack
+        something (an extra that is not installed, a checkpoint) are left out in the same way.
         """
         registry = cls()
         loaded = installed_tools(group)
-        registry._add((found.tool, found.owner) for found in loaded if isinstance(found, Installed))
-        registry.failed = tuple(found for found in loaded if isinstance(found, FailedTool))
+        found = [each for each in loaded if isinstance(each, Installed)]
+        failed = [each for each in loaded if isinstance(each, FailedTool)]
+        lacks = {id(each): lacking(each.tool, each.package) for each in found if usable}
+        whole = [each for each in found if lacks.get(id(each)) is None]
+        failed += [_left_out(e, error) for e in found if (error := lacks.get(id(e))) is not None]
+        registry._add((each.tool, each.owner) for each in whole)
+        registry.failed, registry._installed = tuple(failed), set(registry._tools)
         return registry
+
+    @classmethod
+    def with_installed(cls, tools: Iterable[ToolLike], group: str = GROUP) -> ToolRegistry:
+        """The installed tools that lack nothing, and ``tools``, which must lack nothing either.
+
+        One of the class of an installed tool (the same detector with another checkpoint) takes
+        its place.
+        """
+        registry = cls.from_entry_points(group, usable=True)
+        new: dict[str, PerceptionTool] = {}
+        for tool in (_as_tool(tool, None) for tool in tools):
+            error, old = tool.lacks(), registry._tools.get(tool.full_name)
+            if error is not None:
+                raise error
+            alike = old is tool or (type(old) is type(tool) and not isinstance(old, FunctionTool))
+            if old is not None and alike and tool.full_name not in new:
+                del registry._tools[tool.full_name], registry._owners[tool.full_name]
+            if new.get(tool.full_name) is not tool:
+                registry.add(tool)
+            new[tool.full_name] = tool
+            registry._installed.discard(tool.full_name)
+        names = {tool.name for tool in new.values()}
+        registry.failed = tuple(each for each in registry.failed if each.name not in names)
+        return registry
+
+    @property
+    def given(self) -> tuple[PerceptionTool, ...]:
+        """The tools that somebody named; the others are here because they are installed."""
+        return tuple(tool for tool in self if tool.full_name not in self._installed)
 
     def add(self, tool: ToolLike) -> PerceptionTool:
         """Add one tool and give it back. A plain function becomes a tool."""
@@ -120,6 +163,9 @@ class ToolRegistry:
         """The tool of this name (``crop_region`` or ``crop_region@1``), or None."""
         if name in self._tools:
             return self._tools[name]
+        for tool in self._tools.values():
+            if name in tool.takes_calls_of:
+                return tool
         versions = [tool for tool in self._tools.values() if tool.name == name]
         return max(versions, key=lambda tool: tool.version, default=None)
 
@@ -131,7 +177,7 @@ class ToolRegistry:
         said = one_line(name, 60)
         for failed in self.failed:
             if failed.name == name:
-                message = f"the tool {said} is installed but did not load"
+                message = f"the tool {said} is installed but {failed.problem}"
                 return CallError("unknown_tool", message, f"{failed.owner}\n{failed.detail}")
         names = [tool.name for tool in self]
         close = difflib.get_close_matches(said, names, n=3)
@@ -147,10 +193,10 @@ class ToolRegistry:
         for failed in self.failed:
             if failed.name == name:
                 raise ToolDefinitionError(
-                    "this tool is installed but did not load",
+                    f"this tool is installed but {failed.problem}",
                     where=failed.owner,
                     got=failed.error,
-                    fix="mend or uninstall the package",
+                    fix=failed.fix,
                 )
         raise UserError(
             "there is no such tool",
@@ -164,8 +210,11 @@ class ToolRegistry:
         return self._owners[self[name].full_name]
 
     def contracts(self) -> dict[str, str]:
-        """Contract hashes by versioned name, for traces and checkpoints."""
-        return {name: tool.contract_hash for name, tool in sorted(self._tools.items())}
+        """Contract hashes by versioned name, for traces and checkpoints; those of older versions
+        too, where a newer one takes their calls."""
+        older = {k: v for tool in self._tools.values() for k, v in tool.takes_calls_of.items()}
+        now = {name: tool.contract_hash for name, tool in self._tools.items()}
+        return dict(sorted((older | now).items()))
 
     def close(self) -> None:
         """Close every tool that is set up; those that are called again are set up again. Agents
@@ -188,6 +237,17 @@ class ToolRegistry:
 
     def __repr__(self) -> str:
         return f"ToolRegistry({', '.join(self._tools) or 'empty'})"
+
+
+def _left_out(found: Installed, error: VPTError) -> FailedTool:
+    return FailedTool(
+        found.tool.name,
+        found.owner,
+        error.what,
+        str(error),
+        problem="cannot be used yet",
+        fix=error.fix or "see `vpt-agent tools doctor`",
+    )
 
 
 def _as_tool(item: object, owner: str | None) -> PerceptionTool:
