@@ -6,7 +6,9 @@ Asks the model about scenes that no training drew, `--scenes` new ones and as ma
 backgrounds never trained on: without tools, free to choose, forced to each of its kinds, and with
 every counterfactual switch of `vpt_agent.evaluation` thrown. Which questions are asked under which
 setting, and how many, `benchmarks/cells.py` says. Kinds that the checkpoint calls untrained are not
-run, and said to be untrained. `--baseline` adds models that were trained without perception tokens.
+run, and said to be untrained. `--baseline` adds models that were trained without perception tokens;
+`--equal-size` adds the base tower's second look at the size of the first, by the same weights,
+which were trained with the larger one.
 
 `--work` keeps every answer, in pieces of 100 scenes: the same command goes on after a kill, after
 `--minutes`, or with larger numbers. The figures go to `--out` (JSON) as `vpt-agent nano report`
@@ -19,10 +21,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ SHARD = 100
 """Scenes of a piece of work. Swaps take their donor from the same piece."""
 NEW_TOKENS = 48
 """No right answer is half as long; a model that a switch has thrown off may never end."""
+EQUAL = "clip, no larger than the first look"
 POINTS = 400
 """Of control states so many are kept for the plot; the figures are of all."""
 
@@ -98,6 +103,10 @@ def plan_of(job: Job, agent: Any, kinds: list[Any], untrained: list[str]) -> tup
     names = [name for name, _ in baselines(args)]
     settings[1:1] = [Setting(name=name, tool_choice="none") for name in names]
     reencodes = any(k.payload == "control" and k.name not in untrained for k in kinds)
+    if args.equal_size:
+        same = next(s for s in settings if s.kind == "clip" and not s.switches)
+        settings.append(replace(same, name=EQUAL, states=False))
+        names.append(EQUAL)
     limits = {"baselines": names, "switched": switched, "others": args.others,
               "baseline": args.baseline_questions}  # fmt: skip
     first, count = FIRST_SEED + job.start, job.count
@@ -127,6 +136,8 @@ def measure(job: Job) -> Done:
         return Done(job, len(pairs), 0, tuple(untrained))
     agents = {"": agent}
     agents |= {name: load(path, job.args.device) for name, path in baselines(job.args)}
+    if job.args.equal_size:
+        agents[EQUAL] = load(str(equal_size(job.args)), job.args.device)
     store = evaluate(
         agents,
         items,
@@ -141,6 +152,23 @@ def measure(job: Job) -> Done:
     )
     left = len(pairs - store.done)
     return Done(job, left, len(pairs) - left, tuple(untrained))
+
+
+def equal_size(args: argparse.Namespace) -> Path:
+    """A copy of the checkpoint whose base tower looks again at what it saw first."""
+    from vpt_agent.config import shipped_model
+
+    copy: Path = args.work / "equal-size"
+    if not (copy / "config.json").is_file():
+        source = Path(args.model or shipped_model())
+        part = Path(tempfile.mkdtemp(dir=args.work))
+        shutil.copytree(source, part, dirs_exist_ok=True)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        (kind,) = (k for k in config["perception"]["table"]["kinds"] if k["name"] == "clip")
+        kind["input_size"] = None
+        (part / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        part.rename(copy)
+    return copy
 
 
 def _told(job: Job) -> Callable[[str], None]:
@@ -240,6 +268,7 @@ def parsed() -> argparse.Namespace:
         metavar="NAME=CHECKPOINT",
         help="a model without perception tokens, asked without tools (may be repeated)",
     )
+    parser.add_argument("--equal-size", action="store_true", help="clip as large as the first look")
     parser.add_argument(
         "--baseline-questions", type=int, default=80, help="of each type for the baselines"
     )
@@ -257,6 +286,9 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model and Path(args.model).exists():
         args.model = str(Path(args.model).resolve())
+    if args.equal_size:  # before there are several processes
+        args.work.mkdir(parents=True, exist_ok=True)
+        equal_size(args)
     return args
 
 
