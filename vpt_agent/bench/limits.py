@@ -1,0 +1,95 @@
+"""What an answer would take at least: operations over measured operations a second, bytes over
+measured bytes a second. Nothing here is guessed: shapes come from the model's config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vpt_agent.bench.machine import Rates
+
+if TYPE_CHECKING:
+    from vpt_agent.model import VPTForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations (a multiply-add is two) and bytes that must be read."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, rates: Rates) -> float:
+        """The longer of the two at ``rates``: one cannot be faster than either."""
+        return max(self.flops / rates.flops_per_second, self.bytes / rates.bytes_per_second)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A model's costs. ``layers`` and ``head`` are parameters of the language model's layers and
+    of the output head, ``width`` and ``kv_width`` what attention has of queries and of keys."""
+
+    layers: int
+    head: int
+    depth: int
+    width: int
+    kv_width: int
+    itemsize: int
+    vision_layers: int
+    vision_merger: int
+    vision_depth: int
+    vision_width: int
+    merge: int
+
+    @classmethod
+    def of(cls, model: VPTForConditionalGeneration) -> Costs:
+        """Read from a model."""
+        text = model.config.get_text_config()
+        vision = model.visual
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        total, merger = _weights(vision), _weights(vision.merger)
+        blocks = vision.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        return cls(
+            layers=_weights(model.model) - model.get_input_embeddings().weight.numel(),
+            head=model.lm_head.weight.numel(),
+            depth=text.num_hidden_layers,
+            width=text.num_attention_heads * head_dim,
+            kv_width=text.num_key_value_heads * head_dim,
+            itemsize=model.dtype.itemsize,
+            vision_layers=total - merger,
+            vision_merger=merger,
+            vision_depth=len(blocks),
+            vision_width=blocks[0].norm1.weight.numel(),
+            merge=int(vision.spatial_merge_size),
+        )
+
+    def vision(self, patches: int) -> Work:
+        """The base tower on one picture of ``patches``."""
+        merged = patches / self.merge**2
+        products = 2.0 * (self.vision_layers * patches + self.vision_merger * merged)
+        attention = 4.0 * self.vision_depth * patches * patches * self.vision_width
+        read = (self.vision_layers + self.vision_merger) * self.itemsize
+        return Work(products + attention, read)
+
+    def block(self, tokens: int, past: int, heads: int = 1) -> Work:
+        """``tokens`` new tokens behind ``past``, logits of ``heads`` of them."""
+        seen = tokens * past + tokens * (tokens + 1) / 2  # pairs of query and key
+        products = 2.0 * (self.layers * tokens + self.head * heads)
+        attention = 4.0 * self.depth * seen * self.width
+        cache = 2 * self.depth * self.kv_width * (past + tokens)
+        weights = self.layers + (self.head if heads else 0)
+        return Work(products + attention, float((weights + cache) * self.itemsize))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
