@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vpt_agent import __version__
-from vpt_agent.cli import ask, bench, data, inspect, nano, reinforce, tools, trace, train
+from vpt_agent.cli import ask, bench, data, inspect, mcp, nano, reinforce, tools, trace, train
 
 app = typer.Typer(
     name="vpt-agent",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("ask")(ask.ask)
 app.command("inspect")(inspect.inspect)
+app.command("mcp")(mcp.mcp)
 app.command("train")(train.train)
 app.command("reinforce")(reinforce.reinforce)
 app.add_typer(bench.app, name="bench")

@@ -33,7 +33,8 @@ def installed() -> ToolRegistry:
     return ToolRegistry.from_entry_points()
 
 
-def _with(references: list[str] | None) -> ToolRegistry:
+def with_tools(references: list[str] | None) -> ToolRegistry:
+    """The installed tools, and those that a person names."""
     from vpt_agent.tool.find import tools_at
 
     registry = installed()
@@ -55,7 +56,7 @@ def _named(name: str, references: list[str] | None) -> tuple[PerceptionTool, str
                 expected=" or ".join(f"{name}:{tool.name}" for tool in found),
             )
         return found[0], found[0].owner
-    registry = _with(references)
+    registry = with_tools(references)
     return registry[name], registry.owner(name)
 
 
@@ -66,7 +67,7 @@ def list_tools(more: From = None, as_json: AsJson = False) -> None:
 
     A tool that is installed but does not load is listed with the reason.
     """
-    registry = _with(more)
+    registry = with_tools(more)
     if as_json:
         failed = [
             {"name": broken.name, "owner": broken.owner, "error": broken.error}

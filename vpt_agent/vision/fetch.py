@@ -1,5 +1,4 @@
-"""Fetching a picture from the web, with care: public hosts only, one host, limits of bytes and time.
-"""
+"""Fetching pictures from the web with care: public hosts only, limits of bytes and of time."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import pytest
-from PIL import Image, IcoImagePlugin, TiffImagePlugin
+from PIL import IcoImagePlugin, Image, TiffImagePlugin
 
 from vpt_agent.errors import ImageError
 from vpt_agent.vision.images import load_image
@@ -19,7 +19,9 @@ def png(width: int, height: int) -> bytes:
     """A grey PNG that says this size, and has the pixels of its first rows only."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rows = zlib.compress(b"\0" * (width + 1) * min(height, 10), 9)
@@ -88,7 +90,7 @@ def test_the_same_things_of_fair_size_are_read() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_an_icon_without_pictures_is_no_picture() -> None:
     for data in (ico(b""), ico(b"abc"), ico(png(2, 2))[:20], ico(png(2, 2))[:40]):
-        with pytest.raises(ImageError, match="no picture|not a picture|broken"):
+        with pytest.raises(ImageError, match=r"no picture|not a picture|broken"):
             load_image(data)
 
 

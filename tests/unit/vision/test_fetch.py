@@ -91,12 +91,12 @@ def test_what_is_not_followed(server: str, path: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", ["/picture?a=1", "/said-large", "/endless"])
 def test_too_many_bytes_are_refused(server: str, path: str) -> None:
-    with pytest.raises(ImageError, match="the file is too large.*at most 9 bytes"):
+    with pytest.raises(ImageError, match=r"the file is too large.*at most 9 bytes"):
         fetch(server + path, 9, check=_local)
 
 
 def test_what_ends_too_soon_is_not_taken_for_whole(server: str) -> None:
-    with pytest.raises(ImageError, match="cannot be fetched.*it ended too soon"):
+    with pytest.raises(ImageError, match=r"cannot be fetched.*it ended too soon"):
         fetch(f"{server}/short", 100, check=_local)
 
 
