@@ -1,6 +1,7 @@
 """What a tool is, how one is defined, found and called. Loads no torch."""
 
 from vpt_agent.errors import ModelRetry, ToolFailed
+from vpt_agent.tool.access import Access
 from vpt_agent.tool.arguments import ToolArguments
 from vpt_agent.tool.boxes import (
     GridBox,
@@ -15,6 +16,7 @@ from vpt_agent.tool.context import (
     Cancelled,
     ControlState,
     Deadline,
+    Files,
     FromContext,
     OriginalView,
     Rng,
@@ -36,10 +38,12 @@ from vpt_agent.tool.written import (
 )
 
 __all__ = [
+    "Access",
     "Cancelled",
     "ControlState",
     "Deadline",
     "FailedTool",
+    "Files",
     "FromContext",
     "FunctionTool",
     "GridBox",
