@@ -20,7 +20,7 @@ SCENE = Path(__file__).with_name("scene.png")
 QUESTION = "What is written on the red tag?"
 
 
-@perception_tool(name="crop_region", version=2)
+@perception_tool(name="crop_region", version=3)
 def crop_with_contrast(
     context: ToolContext, region: GridBoxes, source: str | None = None
 ) -> ToolOutput:

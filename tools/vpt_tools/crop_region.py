@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from PIL import Image
+from pydantic import Field
 
 from vpt_agent.errors import ModelRetry
-from vpt_agent.tool import GridBoxes, Norm1000Boxes, PixelBoxes, ToolContext, perception_tool
+from vpt_agent.tool import (
+    GridBoxes,
+    Norm1000Boxes,
+    PixelBoxes,
+    ToolContext,
+    ToolOutput,
+    ToolReturn,
+    perception_tool,
+)
 from vpt_agent.types import View
 from vpt_agent.vision.frames import Frame, in_view
 
@@ -14,21 +26,29 @@ DEFAULT_GRID = 8
 """Cells a side where neither the call nor the model says (as published)."""
 
 
-@perception_tool(timeout=30.0, licence="Apache-2.0")
+MOST_PIXELS = 16_000_000
+"""Pixels that an enlarged crop may have."""
+
+
+@perception_tool(timeout=30.0, licence="Apache-2.0", version=2)
 def crop_region(
     context: ToolContext,
     region: GridBoxes | None = None,
     box: PixelBoxes | None = None,
     box_1000: Norm1000Boxes | None = None,
     grid: Literal[4, 8, 16, 32] | None = None,
+    rotate: Literal[0, 90, 180, 270] | None = None,
+    enlarge: Annotated[float, Field(ge=1, le=8)] | None = None,
     source: str | None = None,
-) -> list[View]:
+) -> ToolReturn:
     """Look closer at one or more parts of a picture, at the picture's full resolution.
 
     Give exactly one of region, box and box_1000.
 
     Args:
         grid: cells of the region grid along each side, if not the model's own
+        rotate: degrees by which to turn what is cut out, clockwise
+        enlarge: how many times larger to show it, 1 to 8
         source: id of the view to look at; the latest picture by default
     """
     view = context.require_view()
@@ -44,10 +64,43 @@ def crop_region(
     cells = grid or _grid(context)
     for values in boxes:
         _check(values, frame, cells)
-    return [
+    crops = [
         context.crop(view, in_view(values, frame, view, grid=cells, policy=context.regions))
         for values in boxes
     ]
+    crops = [_enlarged(crop, enlarge or 1.0) for crop in crops]
+    if not rotate:
+        return crops
+    # A turned picture has frames of its own: boxes on it mean its own pixels.
+    said = "; ".join(f"[{', '.join(f'{v:g}' for v in crop.box)}]" for crop in crops)
+    return ToolOutput(
+        views=[crop.image.transpose(_TURNS[rotate]) for crop in crops],
+        text=f"Turned {rotate} degrees clockwise; cut from {said} of {view.root}.",
+        metadata={"boxes": [list(crop.box) for crop in crops], "of": view.root, "rotate": rotate},
+    )
+
+
+# What was trained with the first version was trained with this one: it lacked rotate and enlarge.
+crop_region.takes_calls_of = {
+    "crop_region@1": "f923a8925c8cfcff475139177b616d0a65aefc811c6d4d5411f7f63d9654bb87"
+}
+
+_TURNS = {
+    90: Image.Transpose.ROTATE_270,  # Pillow turns the other way
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_90,
+}
+
+
+def _enlarged(crop: View, factor: float) -> View:
+    """The same part of the original in more pixels."""
+    width, height = (max(1, round(side * factor)) for side in crop.size)
+    if (width, height) == crop.size:
+        return crop
+    if width * height > MOST_PIXELS:
+        most = (MOST_PIXELS / (crop.size[0] * crop.size[1])) ** 0.5
+        raise ModelRetry(f"enlarge={factor:g} makes {width} x {height} pixels; at most {most:.1f}")
+    return replace(crop, image=crop.image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _grid(context: ToolContext) -> int:

@@ -124,8 +124,9 @@ class PerceptionAgent:
         """Load a checkpoint directory or hub name; None is the small model that ships.
 
         ``device`` auto takes a GPU if there is one. ``dtype`` auto is the checkpoint's on a GPU
-        and float32 on the CPU. ``tools``: None takes every installed tool, a list adds its tools
-        to those, a registry replaces them. ``progress`` hears one line per stage of loading.
+        and float32 on the CPU. ``tools``: None takes every installed tool that lacks nothing (an
+        extra, a checkpoint), a list adds its tools to those, a registry replaces them. ``progress``
+        hears one line per stage of loading.
         A model with a kind of its own needs that kind's tool: without it (and without a registry,
         which says that it is meant) a :class:`UserError` names the tool and its contract.
 
@@ -432,8 +433,7 @@ def _registry(
 ) -> ToolRegistry:
     if isinstance(tools, ToolRegistry):
         return tools
-    registry = ToolRegistry.from_entry_points()
-    registry.add_all(tools or ())
+    registry = ToolRegistry.with_installed(tools or ())
     if table is not None and abilities is not None:
         require_tools(table, registry, abilities)
     return registry

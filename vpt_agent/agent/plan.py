@@ -173,7 +173,7 @@ def _warnings(abilities: Abilities, table: ResolvedTable, registry: ToolRegistry
         found.append(abilities.domain)
     spoken = {r.kind.tool for r in table.rows}
     shipped = {kind.tool for kind in PUBLISHED.values()}
-    for tool in registry:
+    for tool in registry.given:  # what is only installed is not missed
         if tool.name not in spoken and tool.name not in shipped:
             found.append(
                 f"the tool {tool.name} has no perception token in this model and is not offered"

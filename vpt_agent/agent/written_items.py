@@ -60,11 +60,14 @@ class WrittenReader:
         arguments, repairs = dict(item.arguments), item.repairs
         tool = self.offered.get(item.name)
         if tool is not None:
-            view = self._source(arguments.get("source"))
-            size = None if view is None else self.size_seen(view)
-            arguments, notes = converted(tool, arguments, self.habit, view, size)
+            view, size = self._look(tool.source_of(arguments, tuple(self.talk.views)))
+            arguments, notes = converted(tool, arguments, self.habit, view, size, look=self._look)
             repairs += notes
         return SaidCall(item.name, arguments, "json", repairs=repairs, reference=item.id)
+
+    def _look(self, named: object) -> tuple[View | None, tuple[int, int] | None]:
+        view = self._source(named)
+        return view, None if view is None else self.size_seen(view)
 
     def _source(self, named: object) -> View | None:
         """The view that a call names; the latest of the user's pictures, if it names none."""

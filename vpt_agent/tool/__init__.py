@@ -4,12 +4,15 @@ from vpt_agent.errors import ModelRetry, ToolFailed
 from vpt_agent.tool.access import Access
 from vpt_agent.tool.arguments import ToolArguments
 from vpt_agent.tool.boxes import (
+    BoxFrame,
     GridBox,
     GridBoxes,
     Norm1000Box,
     Norm1000Boxes,
     PixelBox,
     PixelBoxes,
+    PixelPoint,
+    PixelPoints,
 )
 from vpt_agent.tool.call import call_error, execute, execute_batch
 from vpt_agent.tool.context import (
@@ -39,6 +42,7 @@ from vpt_agent.tool.written import (
 
 __all__ = [
     "Access",
+    "BoxFrame",
     "Cancelled",
     "ControlState",
     "Deadline",
@@ -57,6 +61,8 @@ __all__ = [
     "PerceptionTool",
     "PixelBox",
     "PixelBoxes",
+    "PixelPoint",
+    "PixelPoints",
     "Rng",
     "SourceView",
     "Submitted",

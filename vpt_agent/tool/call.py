@@ -183,7 +183,7 @@ def _check(tool: PerceptionTool, job: Job) -> None:
         # The parsed value, not the written one: a default or a validator may have changed it.
         named = job.arguments
         values = named if isinstance(named, Mapping) else vars(named)
-        source = values.get("source")
+        source = tool.source_of(values, tuple(context.views))
         if source is not None:
             context = context.looking_at(str(source))
         context.require_view()

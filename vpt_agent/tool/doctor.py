@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 import traceback
 from collections import defaultdict
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Literal
 
 from vpt_agent.tokens.table import PUBLISHED
+from vpt_agent.tool.extras import lacking
 from vpt_agent.tool.registry import GROUP, FailedTool, Installed, installed_tools
 from vpt_agent.tool.spec import PerceptionTool
 from vpt_agent.tool.text import one_line
@@ -31,8 +30,9 @@ class Finding:
 
 
 def examine(group: str = GROUP, *, setup: str | None = None) -> list[Finding]:
-    """Load every installed tool and say what is wrong: it does not load, its name is taken, what it
-    needs is not installed, and with ``setup`` (a device) whether it sets up there."""
+    """Load every installed tool and say what is wrong: it does not load, its name is taken, it
+    lacks what it needs (an extra, a checkpoint: a warning, for nobody needs all), and with
+    ``setup`` (a device) whether it sets up there."""
     loaded = installed_tools(group)
     tools = [found for found in loaded if isinstance(found, Installed)]
     findings = [_broken(found) for found in loaded if isinstance(found, FailedTool)]
@@ -80,15 +80,16 @@ def _conflicts(tools: list[Installed]) -> list[Finding]:
 
 def _one(found: Installed, setup: str | None) -> list[Finding]:
     tool, findings = found.tool, []
-    missing = missing_requirements(found.package, tool.extra)
-    if missing:
+    lacks = lacking(tool, found.package)
+    if lacks is not None:
         findings.append(
             Finding(
                 tool.full_name,
                 found.owner,
-                "failed",
-                f"its extra {tool.extra} is not installed: {', '.join(missing)}",
-                fix=f"pip install '{found.package}[{tool.extra}]'",
+                "warning",
+                f"not offered to models: {lacks.what}",
+                "" if lacks.got is None else str(lacks.got),
+                lacks.fix or "",
             )
         )
     unsaid = _unexplained(tool)
@@ -99,7 +100,7 @@ def _one(found: Installed, setup: str | None) -> list[Finding]:
                 tool.full_name, found.owner, "warning", text, fix="say it in the docstring's Args:"
             )
         )
-    if setup is not None and not missing:
+    if setup is not None and lacks is None:
         findings += _set_up(found, setup)
     worst = any(finding.state == "failed" for finding in findings)
     if not worst:
@@ -136,24 +137,3 @@ def _explained(schema: object) -> bool:
         return False
     inner = [each for key in ("anyOf", "oneOf") for each in schema.get(key, [])]
     return "description" in schema or "$ref" in schema or any(map(_explained, inner))
-
-
-def missing_requirements(package: str, extra: str) -> list[str]:
-    """Requirements of ``package[extra]`` that are not installed (versions are pip's to check)."""
-    if not package or not extra:
-        return []
-    try:
-        listed = metadata.requires(package) or []
-    except metadata.PackageNotFoundError:
-        return []
-    marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
-    missing = []
-    for line in listed:
-        name = re.match(r"[A-Za-z0-9._-]+", line)
-        if name is None or not marker.search(line):
-            continue
-        try:
-            metadata.version(name.group())
-        except metadata.PackageNotFoundError:
-            missing.append(line.split(";")[0].strip())
-    return missing

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import JsonValue
 
 from vpt_agent.errors import UserError
-from vpt_agent.tool.boxes import FRAME_WORDS, BoxFrame, FrameName
+from vpt_agent.tool.boxes import FRAME_WORDS, POINT_WORDS, BoxFrame, FrameName
 from vpt_agent.tool.spec import PerceptionTool
 from vpt_agent.types import View
 
@@ -30,6 +30,12 @@ HABIT_WORDS: Mapping[Coordinates, str] = {
     "norm1000": "[left, top, right, bottom], each 0 to 1000 of the picture's width or height",
     "shown": "[left, top, right, bottom] in pixels of the picture as you see it",
     "view": FRAME_WORDS["view"],
+}
+
+POINT_HABIT_WORDS: Mapping[Coordinates, str] = {
+    "norm1000": "[x, y], each 0 to 1000 of the picture's width or height",
+    "shown": "[x, y] in pixels of the picture as you see it",
+    "view": POINT_WORDS,
 }
 
 LARGEST = 99_999
@@ -63,30 +69,43 @@ def check_coordinates(value: str) -> Coordinates:
     )
 
 
-@lru_cache(maxsize=256)
+Look = Callable[[str], tuple[View | None, tuple[int, int] | None]]
+"""The view of an id, and its size (width, height) as the model saw it."""
+
+
 def box_arguments(tool: PerceptionTool) -> Mapping[str, FrameName]:
-    """The arguments of a tool that are boxes in ``view`` or ``norm1000``, by name. (Cells of the
-    region grid mean the same for every model; a raw JSON Schema does not say what is a box.)"""
+    """The arguments of a tool that are boxes or points in ``view`` or ``norm1000``, by name.
+    (Cells of the region grid mean the same for every model; a raw JSON Schema does not say what is
+    a box.)"""
+    return {name: mark.frame for name, mark in _marks(tool).items()}
+
+
+@lru_cache(maxsize=256)
+def _marks(tool: PerceptionTool) -> Mapping[str, BoxFrame]:
     model = getattr(tool.spec, "model", None)
-    found: dict[str, FrameName] = {}
+    found: dict[str, BoxFrame] = {}
     for name, info in getattr(model, "model_fields", {}).items():
-        frame = next((m.frame for m in info.metadata if isinstance(m, BoxFrame)), None)
-        frame = frame or _frame_in(info.annotation)
-        if frame is not None and frame != "grid":
-            found[info.alias or name] = frame
+        mark = _last(info.metadata) or _mark_in(info.annotation)
+        if mark is not None and mark.frame != "grid":
+            found[info.alias or name] = mark
     return found
 
 
-def _frame_in(annotation: Any) -> FrameName | None:
-    """The frame that a type says anywhere inside it."""
-    for item in getattr(annotation, "__metadata__", ()):
-        if isinstance(item, BoxFrame):
-            return item.frame
+def _last(metadata: Sequence[Any]) -> BoxFrame | None:
+    """The outermost mark: who writes ``Annotated[PixelBox, BoxFrame(...)]`` means theirs."""
+    return next((m for m in reversed(metadata) if isinstance(m, BoxFrame)), None)
+
+
+def _mark_in(annotation: Any) -> BoxFrame | None:
+    """The mark that a type has anywhere inside it."""
+    mark = _last(getattr(annotation, "__metadata__", ()))
+    if mark is not None:
+        return mark
     inner = [getattr(annotation, "__origin__", None)] if get_origin(annotation) is None else []
     for part in (*get_args(annotation), *inner):
-        frame = None if part is None or isinstance(part, str) else _frame_in(part)
-        if frame is not None:
-            return frame
+        mark = None if part is None or isinstance(part, str) else _mark_in(part)
+        if mark is not None:
+            return mark
     return None
 
 
@@ -94,16 +113,16 @@ def schema_for(tool: PerceptionTool, habit: Habit) -> dict[str, Any]:
     """The JSON Schema of a tool's arguments with its boxes in the model's frame."""
     schema: dict[str, Any] = tool.json_schema()
     properties = schema.get("properties", {})
-    for name, frame in box_arguments(tool).items():
+    for name, mark in _marks(tool).items():
         if name in properties:
-            properties[name] = _said(properties[name], frame, habit)
+            properties[name] = _said(properties[name], mark, habit)
     return schema
 
 
-def _said(schema: Any, frame: FrameName, habit: Habit) -> Any:
+def _said(schema: Any, mark: BoxFrame, habit: Habit) -> Any:
     new = copy.deepcopy(schema)
-    words = HABIT_WORDS[habit.coordinates]
-    if not _reworded(new, FRAME_WORDS[frame], words):
+    words = (POINT_HABIT_WORDS if mark.point else HABIT_WORDS)[habit.coordinates]
+    if not _reworded(new, POINT_WORDS if mark.point else FRAME_WORDS[mark.frame], words):
         told = new.get("description")
         new["description"] = f"{told}; {words}" if told else words
     _bounded(new, habit)
@@ -146,34 +165,41 @@ def converted(
     habit: Habit,
     view: View | None,
     shown: tuple[int, int] | None,
+    *,
+    look: Look | None = None,
 ) -> tuple[dict[str, JsonValue], tuple[str, ...]]:
     """``arguments`` with the boxes in the tool's frame, and a line for each that was converted.
 
     ``view`` is what the call names as its source, ``shown`` its size (width, height) as the model
-    saw it. What is no box is left alone, for the strict check that follows.
+    saw it; ``look`` gives both for the view that another argument names. What is no box is left
+    alone, for the strict check that follows.
     """
     new, notes = dict(arguments), []
-    for name, frame in box_arguments(tool).items():
-        if name not in new or view is None or frame == habit.coordinates:
+    for name, mark in _marks(tool).items():
+        on, size, named = view, shown, arguments.get(mark.source)
+        if mark.source != "source" and named is not None and look is not None:
+            on, size = look(str(named))
+        if name not in new or on is None or mark.frame == habit.coordinates:
             continue
-        turned = _turned(new[name], frame, habit, view, shown or view.size)
+        turned = _turned(new[name], mark, habit, on, size or on.size)
         if turned != new[name]:
             new[name] = turned
             said = _IN_SHORT[habit.coordinates]
-            notes.append(f"{name}: {_short(arguments[name])} was read as {said} of {view.id}")
+            notes.append(f"{name}: {_short(arguments[name])} was read as {said} of {on.id}")
     return new, tuple(notes)
 
 
 def _turned(
-    value: JsonValue, frame: FrameName, habit: Habit, view: View, shown: tuple[int, int]
+    value: JsonValue, mark: BoxFrame, habit: Habit, view: View, shown: tuple[int, int]
 ) -> JsonValue:
     if not isinstance(value, list):
         return value
-    if len(value) != 4 or not all(_number(item) for item in value):
-        return [_turned(item, frame, habit, view, shown) for item in value]
+    if len(value) != (2 if mark.point else 4) or not all(_number(item) for item in value):
+        return [_turned(item, mark, habit, view, shown) for item in value]
     from vpt_agent.vision.frames import from_norm1000, to_norm1000
 
-    numbers: Sequence[float] = [float(str(item)) for item in value]
+    # A point is converted as a box without size.
+    numbers = [float(str(item)) for item in value] * (2 if mark.point else 1)
     if habit.coordinates == "norm1000":
         pixels: Sequence[float] = from_norm1000(numbers, view.size)
     elif habit.coordinates == "shown":
@@ -181,8 +207,8 @@ def _turned(
         pixels = from_norm1000(to_norm1000(numbers, shown), view.size)
     else:
         pixels = numbers
-    wanted = to_norm1000(pixels, view.size) if frame == "norm1000" else pixels
-    return [round(item, 4) for item in wanted]
+    wanted = to_norm1000(pixels, view.size) if mark.frame == "norm1000" else pixels
+    return [round(item, 4) for item in wanted[: len(value)]]
 
 
 def _number(value: JsonValue) -> bool:

@@ -8,11 +8,12 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, JsonValue
 
-from vpt_agent.errors import ToolDefinitionError
+from vpt_agent.errors import ToolDefinitionError, VPTError
 from vpt_agent.tool.arguments import ArgumentSpec, JsonSchema, ToolArguments, argument_spec
 from vpt_agent.tool.context import ToolContext
 from vpt_agent.tool.ready import Ready, Slots
@@ -46,7 +47,9 @@ class PerceptionTool:
     :meth:`setup`; ``max_retries`` how often the model may correct a call. ``always_run`` is for a
     tool whose answer to the same call may change during a run (a camera, a clock): for others, the
     second of two equal calls is answered without running. ``licence`` and ``extra`` (what to
-    install) stand in the catalogue.
+    install) stand in the catalogue. ``takes_calls_of`` maps full names of older versions to their
+    contract hashes: calls of those mean the same here, so a model that was trained with one of them
+    was trained with this.
 
     A tool may be asked again for a call whose batch failed, so a call must have no lasting effect.
     """
@@ -65,6 +68,7 @@ class PerceptionTool:
     always_run: bool = False
     licence: str = ""
     extra: str = ""
+    takes_calls_of: Mapping[str, str] = MappingProxyType({})
 
     _lock: threading.Lock
     _ready: Ready
@@ -106,6 +110,16 @@ class PerceptionTool:
 
     def close(self) -> None:
         """Let go of what :meth:`setup` took; called when the last agent that used it is closed."""
+
+    def lacks(self) -> VPTError | None:
+        """What has to be done before the tool can be called: its error, or None. An installed tool
+        that lacks something is not offered to models. Asked often: look, do not load."""
+        return None
+
+    def source_of(self, arguments: Mapping[str, object], views: Sequence[str]) -> object:
+        """The id of the view that a call is about, None for the default one. ``views`` are the ids
+        of the run's views in order; what is none of them is told as an unknown source."""
+        return arguments.get("source")
 
     # -- what the library reads ---------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vpt_agent.tokens.table import CLIP, REGION
-from vpt_agent.tool import ToolContext, execute
+from vpt_agent.tool import ToolContext, ToolRegistry, execute
 from vpt_agent.types import Box, ToolCall, ToolResult, View
 from vpt_tools.crop_region import crop_region
 
@@ -94,6 +96,58 @@ def test_a_grid_can_be_said() -> None:
     assert crop(region=[0, 0, 0, 0], grid=5).error is not None
 
 
+def test_what_is_cut_out_can_be_enlarged() -> None:
+    (view,) = crop(box=[10, 10, 30, 20], enlarge=2.5).views
+    assert view.size == (50, 25)
+    assert view.box == Box(10, 10, 30, 20)
+    again = replace(CONTEXT, views={**VIEWS, view.id: view})
+    (deep,) = crop(again, source=view.id, box=[0, 0, 25, 25]).views
+    assert deep.box == Box(10, 10, 20, 20)
+    assert deep.size == (10, 10)  # the original's pixels, not the enlarged ones
+    assert boxes(crop(box=[10, 10, 30, 20], enlarge=1)) == [(10, 10, 30, 20)]
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(90, (9, 0)), (180, (19, 9)), (270, (0, 19))])
+def test_what_is_cut_out_can_be_turned(degrees: int, corner: tuple[int, int]) -> None:
+    """Clockwise; a turned picture is one of its own, so that boxes on it mean its pixels."""
+    image = Image.new("RGB", (40, 40), "white")
+    image.putpixel((10, 10), (255, 0, 0))
+    context = ToolContext(views={"a": View("a", image, "a", Box(0, 0, 40, 40), (40, 40))})
+    result = crop(context, box=[10, 10, 30, 20], rotate=degrees)
+    (view,) = result.views
+    assert view.image.getpixel(corner) == (255, 0, 0)
+    assert (view.root, view.parent) == (view.id, "a")
+    assert view.size == ((10, 20) if degrees in (90, 270) else (20, 10))
+    assert result.text == f"Turned {degrees} degrees clockwise; cut from [10, 10, 30, 20] of a."
+    assert result.metadata["boxes"] == [[10, 10, 30, 20]]
+    assert boxes(crop(context, box=[10, 10, 30, 20], rotate=0)) == [(10, 10, 30, 20)]
+
+
+def test_calls_of_the_first_version_mean_the_same() -> None:
+    """So a model that was trained with it was trained with this one."""
+    tools = ToolRegistry([crop_region])
+    assert crop_region.full_name == "crop_region@2"
+    assert tools["crop_region@1"] is crop_region
+    (hash_,) = crop_region.takes_calls_of.values()
+    assert tools.contracts() == {
+        "crop_region@1": hash_,
+        "crop_region@2": crop_region.contract_hash,
+    }
+    # The first version's contract is this one's without what it lacked.
+    properties = crop_region.json_schema()["properties"]
+    assert isinstance(properties, dict)
+    added = {"rotate", "enlarge"}
+    schema = {
+        "additionalProperties": False,
+        "properties": {k: v for k, v in properties.items() if k not in added},
+        "type": "object",
+    }
+    old = {"name": "crop_region", "version": 1, "description": crop_region.description,
+           "schema": schema}  # fmt: skip
+    text = json.dumps(old, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == hash_
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -114,6 +168,9 @@ def test_a_grid_can_be_said() -> None:
         ({"box_1000": [500, 500, 500, 500]}, "box_too_small", "."),
         ({"region": [0, 0, 1, 1], "source": "x"}, "unknown_source", "no view 'x'"),
         ({"region": [0, 0, 1]}, "invalid_arguments", "at least 4 items"),
+        ({"box": [0, 0, 9, 9], "rotate": 45}, "invalid_arguments", "rotate"),
+        ({"box": [0, 0, 9, 9], "enlarge": 9}, "invalid_arguments", "enlarge"),
+        ({"box": [0, 0, 9, 9], "enlarge": 0.5}, "invalid_arguments", "enlarge"),
     ],
 )
 def test_what_is_no_box_is_told(arguments: dict[str, object], kind: str, message: str) -> None:
@@ -123,6 +180,13 @@ def test_what_is_no_box_is_told(arguments: dict[str, object], kind: str, message
     with pytest.raises(ValueError, match=message):
         raise ValueError(result.error.message)
     assert result.views == ()
+
+
+def test_what_would_be_too_large_is_told() -> None:
+    context = ToolContext(views={"image_1": picture(size=(3000, 2000))})
+    result = crop(context, box=[0, 0, 3000, 2000], enlarge=8)
+    assert result.error is not None
+    assert "makes 24000 x 16000 pixels; at most 1.6" in result.error.message
 
 
 def test_tiny_and_thin_pictures_can_be_cropped() -> None:
