@@ -134,4 +134,4 @@ def test_patches_equal_the_golden_ones(
     got = look([view], PUBLISHED_POLICY)
     figures("patches", case=key, difference=float((got.pixel_values - expected).abs().max()))
     assert torch.equal(got.pixel_values, expected)
-    assert got.kernels == ("vpt::look[cpu:plain]",)
+    assert got.kernels == ("vpt::look[cpu:direct]",)

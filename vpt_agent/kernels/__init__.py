@@ -11,6 +11,7 @@ The plain version of each defines the answer. torch's dispatcher picks the imple
 tensors' device; :func:`kernel_name` gives its name and :func:`register_kernel` adds a faster one.
 """
 
+from vpt_agent.kernels import faster as _faster  # registers
 from vpt_agent.kernels.condition import condition
 from vpt_agent.kernels.look import look, pixels
 from vpt_agent.kernels.registry import kernel_name, plain, register_kernel

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from PIL import Image
 
 from vpt_agent import kernels
 from vpt_agent.tokens.table import PerceptionKind
 from vpt_agent.types import View
-from vpt_agent.vision.patches import pixels_of
+from vpt_agent.vision.patches import reduced
 from vpt_agent.vision.policy import ImagePolicy, Size, limit_aspect, published_stages
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,10 +24,6 @@ def _stages(size: Size, policy: ImagePolicy | None, longest: int) -> tuple[Size,
         return published_stages(size, longest)
     limited = limit_aspect(size)  # or a line of pixels would become gigabytes
     return () if limited == size else (limited,)
-
-
-def _heights_first(stages: tuple[Size, ...]) -> list[Size]:
-    return [(height, width) for width, height in stages]
 
 
 def dino_pixels(
@@ -46,13 +43,14 @@ def dino_pixels(
     else:
         width, height = int(shortest * width / height), shortest
     left, top = (width - size) // 2, (height - size) // 2
+    image, still = reduced(view, stages, (width, height))
     return kernels.pixels(
-        pixels_of(view),
-        (0, 0, *view.size),
+        image,
+        (0, 0, image.shape[1], image.shape[0]),
         (height, width),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        stages=_heights_first(stages),
+        stages=still,
         window=(left, top, left + size, top + size),
     )
 
@@ -68,13 +66,14 @@ def sam_pixels(view: View, policy: ImagePolicy | None = None, *, size: int = 102
     before = stages[-1] if stages else view.size
     scale = size / max(before)
     width, height = (max(1, int(side * scale + 0.5)) for side in before)
+    image, still = reduced(view, stages, (width, height), Image.Resampling.BILINEAR)
     return kernels.pixels(
-        pixels_of(view),
-        (0, 0, *view.size),
+        image,
+        (0, 0, image.shape[1], image.shape[0]),
         (height, width),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        stages=_heights_first(stages),
+        stages=still,
         canvas=(size, size),
         bilinear=True,
     )

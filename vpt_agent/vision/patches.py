@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vpt_agent import kernels
 from vpt_agent.types import View
-from vpt_agent.vision.policy import ImagePolicy
+from vpt_agent.vision.policy import ImagePolicy, Size
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,47 @@ def pixels_of(view: View) -> torch.Tensor:
     return torch.from_numpy(np.array(view.image, dtype=np.uint8))
 
 
+def reduced(
+    view: View,
+    stages: Sequence[Size],
+    size: Size,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """The view's picture, uint8 [H, W, 3], and the NEAREST stages (height, width) still to do.
+
+    Of a resize (``stages``, then ``size``, all (width, height)) what makes the picture smaller is
+    done here, before it is copied: the kernels resize to the same bits, but most of a photograph's
+    pixels would be copied for nothing.
+    """
+    image, left = view.image, list(stages)
+    while left and _area(left[0]) < _area(image.size):
+        image = image.resize(left.pop(0), Image.Resampling.NEAREST)
+    if not left and _area(size) < _area(image.size):
+        image = image.resize(size, resample)
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels, [(height, width) for width, height in left]
+
+
+def _area(size: Size) -> int:
+    return size[0] * size[1]
+
+
 def look(views: Sequence[View], policy: ImagePolicy) -> Patches:
     """Resize, normalise and cut ``views`` as ``policy`` says; a view with a parent is a crop."""
     width = 3 * policy.temporal * policy.patch**2
-    parts = [torch.zeros(0, width)]
+    parts: list[torch.Tensor] = []
     grids: list[tuple[int, int, int]] = []
     tokens: list[int] = []
     names: dict[str, None] = {}
     for view in views:
         plan = policy.plan(view.size, crop=view.parent is not None)
-        image = pixels_of(view)  # [H, W, 3]
         # Plans hold (width, height), kernels take (height, width).
-        before = [[(h, w) for w, h in plan.pre_sizes]] if plan.pre_sizes else None
+        image, before = reduced(view, plan.pre_sizes, plan.size)  # [H, W, 3]
         patches = kernels.look(
             image,
-            [(0, 0, *view.size)],
+            [(0, 0, image.shape[1], image.shape[0])],
             [plan.size[::-1]],
-            before,
+            [before] if before else None,
             mean=policy.mean,
             std=policy.std,
             patch=policy.patch,
@@ -61,4 +86,6 @@ def look(views: Sequence[View], policy: ImagePolicy) -> Patches:
         tokens.append(plan.visual_tokens)
         names[kernels.kernel_name("look", image)] = None
     grid_thw = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    return Patches(torch.cat(parts), grid_thw, tuple(tokens), tuple(names))
+    parts = parts or [torch.zeros(0, width)]
+    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Patches(pixels, grid_thw, tuple(tokens), tuple(names))

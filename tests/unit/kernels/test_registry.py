@@ -12,7 +12,7 @@ from vpt_agent.errors import UserError
 
 def test_names() -> None:
     x = torch.zeros(1)
-    assert kernels.kernel_name("look", x) == "vpt::look[cpu:plain]"
+    assert kernels.kernel_name("look", x) == "vpt::look[cpu:direct]"
     assert kernels.kernel_name("vpt::condition", x, x) == "vpt::condition[cpu:plain]"
     assert kernels.kernel_name("splice", torch.zeros(1, device="meta")) == "vpt::splice[meta:plain]"
 

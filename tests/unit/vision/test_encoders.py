@@ -91,7 +91,7 @@ def test_patches_of_several_views() -> None:
     assert patches.grid_thw.tolist() == [[1, 34, 46], [1, 48, 24]]
     assert patches.visual_tokens == (391, 288)
     assert patches.pixel_values.shape == (34 * 46 + 48 * 24, 1176)
-    assert patches.kernels == ("vpt::look[cpu:plain]",)
+    assert patches.kernels == ("vpt::look[cpu:direct]",)
     alone = look([crop], DEFAULT_POLICY)
     assert torch.equal(patches.pixel_values[34 * 46 :], alone.pixel_values)
 
