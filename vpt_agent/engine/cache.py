@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from vpt_agent.errors import InternalError, UserError
+from vpt_agent.model.direct import ExplicitCache
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Write:
     scatter: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
-class PooledCache(Cache):
+class PooledCache(ExplicitCache):
     """Keys and values [rows, heads, slots, head_dim] a layer, grown by doubling.
 
     ``max_tokens`` bounds rows x slots; asking for more is a :class:`UserError`, not an

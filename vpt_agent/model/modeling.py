@@ -34,6 +34,7 @@ from vpt_agent.model.configuration import (
     register,
 )
 from vpt_agent.model.deepstack import joined, split
+from vpt_agent.model.direct import DirectDecoder, ExplicitCache, times
 from vpt_agent.model.encoders import (
     PlainConv,
     Projector,
@@ -87,6 +88,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         self.table = config.table
         self._encoders: dict[str, str] = {}  # kind -> attribute
         self._projectors: dict[str, str] = {}
+        self._direct: tuple[Any, DirectDecoder | None] = (None, None)  # and whose it is
         for row in self.table.rows:
             kind = row.kind
             if kind.payload != "control" or kind.projector is None:
@@ -298,6 +300,10 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         """
         text = self.config.text_config
         embeds, levels = split(inputs_embeds, text.hidden_size)
+        if isinstance(past_key_values, ExplicitCache) and not levels:
+            direct = self._direct_decoder()
+            if direct is not None:
+                return direct(embeds, position_ids, attention_mask, past_key_values)
         mask: Any = attention_mask
         ready = past_key_values is not None if mask is None else mask.dim() == 4
         if ready and (mask is not None or embeds.shape[1] > 1):
@@ -323,9 +329,21 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def _direct_decoder(self) -> DirectDecoder | None:
+        """The pass written out, where it computes the same; None where transformers must."""
+        if torch.is_grad_enabled():
+            return None
+        if self._direct[0] is not self.model:
+            self._direct = self.model, DirectDecoder.of(self.model)
+        direct = self._direct[1]
+        return direct if direct is not None and direct.fits() else None
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] float32 of final-norm hidden states [..., D]."""
-        logits: Tensor = self.lm_head(hidden)
+        head = self.lm_head
+        if type(head) is nn.Linear and not torch.is_grad_enabled() and not head._forward_hooks:
+            return times(hidden, head.weight, head.bias).float()
+        logits: Tensor = head(hidden)
         return logits.float()
 
     def rope_positions(self, input_ids: Tensor, grids: Sequence[Grid] | Tensor) -> Tensor:
