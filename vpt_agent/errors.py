@@ -80,7 +80,7 @@ class MissingExtraError(VPTError, ImportError):
 
 
 class ServerError(VPTError, RuntimeError):
-    """A model's server did not answer, or refused what it was asked, as often as it was tried."""
+    """A server, of a model or of tools, did not answer or refused, as often as it was tried."""
 
 
 class TrainingError(VPTError, RuntimeError):
