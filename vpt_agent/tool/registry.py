@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
-from typing import Any
 from weakref import WeakValueDictionary
 
 from vpt_agent.errors import ToolDefinitionError, UserError, VPTError
@@ -146,16 +145,6 @@ class ToolRegistry:
         """Add all of ``tools``, or none if one of them cannot be added."""
         made = [_as_tool(tool, None) for tool in tools]
         self._add([(tool, tool.owner) for tool in made])
-
-    def mount_mcp(self, server: object, **options: Any) -> tuple[PerceptionTool, ...]:
-        """Add the tools of an MCP server: its address, or the command that starts it, as a list.
-
-        The options are those of :class:`vpt_agent.tool.mcp.MountOptions`: see
-        :func:`vpt_agent.tool.mcp.mount`. Needs the extra ``mcp``.
-        """
-        from vpt_agent.tool.mcp import MountOptions, mount
-
-        return mount(self, server, MountOptions(**options))
 
     def mount_mcp(self, server: object, **options: Any) -> tuple[PerceptionTool, ...]:
         """Add the tools of an MCP server: its address, or the command that starts it, as a list.
