@@ -1,17 +1,24 @@
-"""A pooled KV cache: many rows of one allocation, each with its own write index.
+"""A paged KV cache: one store of slots for all rows, given out in blocks.
 
 transformers' attention calls :meth:`PooledCache.update`; the engine says beforehand, with
 :meth:`PooledCache.begin`, which rows the coming forward writes and how many tokens each has.
+
+Memory is taken by the block as rows grow, so it is bounded by what is really held. Rows that begin
+alike hold the blocks of their beginning together: computed once and stored once.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vpt_agent.engine.blocks import ROOT, Beginning, Blocks, Prefixes
 from vpt_agent.errors import InternalError, UserError
 from vpt_agent.model.direct import ExplicitCache
 
@@ -33,63 +40,111 @@ class KVShape:
 
 
 @dataclass(frozen=True)
-class _Write:
-    """Where the tokens of the forward in progress go.
+class _Forward:
+    """Where the tokens of the forward in progress go, and what its attention sees.
 
-    ``uniform`` is (write index, length) where all rows are neighbours and agree: one slice is
-    written. Otherwise ``scatter`` names each real token [T]: its batch index, its index in the
-    block, its pool row and its slot.
+    ``real`` [T] are the flat indices of the real tokens in the padded block [B * L]; None: all
+    are. ``slots`` [T] is where they are written, a slice where they are neighbours. ``seen`` [B * S]
+    are the slots that attention reads, a slice for one row in neighbouring blocks, or None where it
+    sees the new tokens only.
     """
 
-    rows: Tensor | slice  # [B] pool rows, or a slice when they are neighbours
-    width: int  # slots that the attention sees
-    uniform: tuple[int, int] | None
-    scatter: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    real: Tensor | None
+    slots: Tensor | slice
+    seen: Tensor | slice | None
+    width: int  # S
 
 
 class PooledCache(ExplicitCache):
-    """Keys and values [rows, heads, slots, head_dim] a layer, grown by doubling.
+    """Keys and values [slots, heads * head_dim] a layer, in blocks of ``block`` slots.
 
-    ``max_tokens`` bounds rows x slots; asking for more is a :class:`UserError`, not an
-    out-of-memory crash.
+    ``max_tokens`` bounds the slots: all of them are laid out at first use. None lets the store
+    double as it must. Asking for more is a :class:`UserError`, not an out-of-memory crash.
     """
 
-    def __init__(self, shape: KVShape, *, max_tokens: int | None = None) -> None:
+    def __init__(self, shape: KVShape, *, max_tokens: int | None = None, block: int = 16) -> None:
         super().__init__(layers=[])
-        self.shape = shape
-        self.max_tokens = max_tokens
-        self.rows, self.slots = 0, 0
+        self.shape, self.block, self.max_tokens = shape, block, max_tokens
+        if max_tokens is not None and max_tokens < block:
+            raise UserError(
+                "the KV cache budget is smaller than one block",
+                where="max_cached_tokens",
+                got=max_tokens,
+                expected=f"at least {block} tokens",
+            )
+        self.blocks = Blocks(None if max_tokens is None else max_tokens // block)
+        self.prefixes = Prefixes()
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.lengths: list[int] = []
+        self.tables: list[list[int]] = []  # blocks of each row, in order
+        self._places = np.zeros((0, 0), dtype=np.int64)  # the same as one array
         self._free: list[int] = []
-        self._write: _Write | None = None
+        self._dead: deque[int] = deque()  # rows given back; another thread may do that any time
+        self._now: _Forward | None = None
 
     # --- rows -----------------------------------------------------------------------------
 
+    @property
+    def used_rows(self) -> int:
+        """Rows that were given out and not given back."""
+        self._bury()
+        return len(self.lengths) - len(self._free)
+
+    @property
+    def free(self) -> float:
+        """Blocks that can still be taken."""
+        self._bury()
+        return self.blocks.free
+
     def allocate(self) -> int:
-        """A free row with nothing in it; the lowest, so that live rows stay neighbours."""
+        """A free row with nothing in it: the lowest."""
+        self._bury()
         if not self._free:
-            self._resize(max(1, self.rows * 2), max(self.slots, 256))
+            self._free.append(len(self.lengths))
+            self.lengths.append(0)
+            self.tables.append([])
         row = min(self._free)
         self._free.remove(row)
-        self.lengths[row] = 0
         return row
 
     def release(self, row: int) -> None:
-        """Give a row back."""
-        if row not in self._free:
-            # In this order: once it is free, another thread may write to it.
-            self.lengths[row] = 0
-            self._free.append(row)
+        """Give a row back. Only noted here: garbage collection calls this in the middle of
+        anything."""
+        self._dead.append(row)
+
+    def _bury(self) -> None:
+        while self._dead:
+            row = self._dead.popleft()
+            if row not in self._free:
+                self.truncate(row, 0)
+                self._free.append(row)
+
+    def held(self, row: int) -> int:
+        """Blocks that ``row`` holds, shared ones included."""
+        return len(self.tables[row])
+
+    def needed(self, row: int, count: int) -> int:
+        """Blocks that must be taken before ``count`` tokens can be appended to ``row``."""
+        more = self.count(self.lengths[row] + count) - len(self.tables[row])
+        return more + int(count > 0 and self._written_over(row) is not None)
+
+    def count(self, tokens: int) -> int:
+        """Blocks of so many tokens."""
+        return -(-tokens // self.block)
 
     def copy_row(self, source: int, target: int) -> None:
-        """Make ``target`` hold what ``source`` holds."""
+        """Make ``target`` hold what ``source`` holds: full blocks together, the last a copy."""
+        self.truncate(target, 0)
         n = self.lengths[source]
-        with torch.inference_mode():
-            for store in (*self.keys, *self.values):
-                store[target, :, :n] = store[source, :, :n]
-        self.lengths[target] = n
+        for block in self.tables[source][: n // self.block]:
+            self.blocks.share(block)
+            self._append(target, block)
+        self.lengths[target] = n - n % self.block
+        if n % self.block:
+            self._take(target, 1)
+            self._copy(self.tables[source][n // self.block], self.tables[target][-1])
+            self.lengths[target] = n
 
     def truncate(self, row: int, length: int) -> None:
         """Forget everything of ``row`` from slot ``length`` on."""
@@ -99,110 +154,234 @@ class PooledCache(ExplicitCache):
                 got=length,
                 expected=f"0 to {self.lengths[row]}",
             )
+        table = self.tables[row]
+        while len(table) > self.count(length):
+            block = table.pop()
+            if self.blocks.drop(block):
+                self.prefixes.forget(block)
+        if length % self.block and length < self.lengths[row] and self.blocks.users[table[-1]] == 1:
+            self.prefixes.forget(table[-1])  # what comes behind will be written over
         self.lengths[row] = length
 
-    def _resize(self, rows: int, slots: int) -> None:
-        if self.max_tokens is not None and rows * slots > self.max_tokens:
-            slots = self.max_tokens // rows
-            needed = max([*self.lengths, 1])
-            if slots < max(needed, self.slots):
-                raise UserError(
-                    "the KV cache budget is used up",
-                    where="PooledCache",
-                    got=f"{rows} rows x {max(needed, self.slots)} tokens",
-                    expected=f"at most {self.max_tokens} tokens",
-                    fix="raise max_cached_tokens, run fewer questions at once, or close sessions",
-                )
-        s = self.shape
-        grown: list[list[Tensor]] = []
-        for old in (self.keys, self.values):
-            new = []
-            for layer in range(s.layers):
-                store = torch.zeros(
-                    rows, s.heads, slots, s.head_dim, dtype=s.dtype, device=s.device
-                )
-                if old:
-                    store[: self.rows, :, : self.slots] = old[layer]
-                new.append(store)
-            grown.append(new)
-        self.keys, self.values = grown
-        self._free += range(self.rows, rows)
-        self.lengths += [0] * (rows - self.rows)
-        self.rows, self.slots = rows, slots
+    # --- beginnings -----------------------------------------------------------------------
+
+    def attach(self, row: int, beginning: Beginning, most: int) -> int:
+        """Let the empty ``row`` begin with what others hold of ``beginning``, up to ``most``
+        tokens; how many tokens that is. Full blocks are shared, a part of one is copied."""
+        keys, parent = beginning.keys, ROOT
+        done = 0
+        while done < most:
+            wanted = keys[done : min(done + self.block, most)]
+            block, same = self.prefixes.find(parent, wanted)
+            if same == self.block:
+                self.blocks.share(block)
+                self._append(row, block)
+                parent = block
+            elif same and self.blocks.free >= 1:
+                self._take(row, 1)
+                self._copy(block, self.tables[row][-1])
+            else:
+                break
+            done += same
+            if same < self.block:
+                break
+        self.lengths[row] = done
+        return done
+
+    def attachable(self, beginning: Beginning, most: int) -> int:
+        """How many tokens :meth:`attach` would find in full blocks."""
+        done, parent = 0, ROOT
+        while done + self.block <= most:
+            block, same = self.prefixes.find(parent, beginning.keys[done : done + self.block])
+            if same < self.block:
+                break
+            done, parent = done + same, block
+        return done
+
+    def register(self, row: int, beginning: Beginning) -> None:
+        """Let others begin with what ``row`` holds of ``beginning``."""
+        parent, keys = ROOT, beginning.keys
+        for i in range(self.count(min(len(keys), self.lengths[row]))):
+            block = self.tables[row][i]
+            own = keys[i * self.block : min((i + 1) * self.block, self.lengths[row])]
+            found, same = self.prefixes.find(parent, own)
+            if found != block or same < len(own):
+                if self.blocks.users[block] > 1:
+                    return
+                self.prefixes.register(parent, block, Beginning(own, beginning.kept))
+            parent = block
+
+    # --- blocks ---------------------------------------------------------------------------
+
+    def _written_over(self, row: int) -> int | None:
+        """The index of a block that the next token of ``row`` writes to and that others hold."""
+        index, inside = divmod(self.lengths[row], self.block)
+        if inside and self.blocks.users[self.tables[row][index]] > 1:
+            return index
+        return None
+
+    def reserve(self, row: int, count: int) -> None:
+        """Take the blocks that ``count`` more tokens of ``row`` need."""
+        index = self._written_over(row) if count else None
+        if index is not None:  # its own copy of a block that others go on holding
+            while len(self.tables[row]) > index + 1:  # taken for a forward that failed
+                self.blocks.drop(self.tables[row].pop())
+            old = self.tables[row].pop()
+            self._take(row, 1)
+            self._copy(old, self.tables[row][-1])
+            self.blocks.drop(old)
+        self._take(row, self.count(self.lengths[row] + count) - len(self.tables[row]))
+
+    def _take(self, row: int, count: int) -> None:
+        if count <= 0:
+            return
+        if self.blocks.free < count:
+            raise UserError(
+                "the KV cache budget is used up",
+                where="PooledCache",
+                got=f"{(self.blocks.used + count) * self.block} tokens in blocks of {self.block}",
+                expected=f"at most {self.max_tokens} tokens",
+                fix="raise max_cached_tokens, run fewer questions at once, or close sessions",
+            )
+        if self.blocks.at_hand < count:
+            self._grow(count - self.blocks.at_hand)
+        for _ in range(count):
+            table = self.tables[row]
+            self._append(row, self.blocks.take(table[-1] if table else None))
+
+    def _append(self, row: int, block: int) -> None:
+        table = self.tables[row]
+        rows, width = self._places.shape
+        if row >= rows or len(table) >= width:
+            size = max(rows, 2 * row + 1), max(width, 2 * len(table) + 32)
+            places = np.zeros(size, dtype=np.int64)
+            places[:rows, :width] = self._places
+            self._places = places
+        self._places[row, len(table)] = block
+        table.append(block)
+
+    def _grow(self, more: int) -> None:
+        """A larger store: of the whole budget if there is one, otherwise at least doubled."""
+        limit, before = self.blocks.limit, len(self.blocks.users)
+        count = limit if limit is not None else max(before + more, 2 * before, self.count(256))
+        size = count * self.block, self.shape.heads * self.shape.head_dim
+        with torch.inference_mode():
+            for stores in (self.keys, self.values):
+                old = list(stores)
+                stores.clear()
+                for layer in range(self.shape.layers):
+                    new = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
+                    if old:
+                        new[: before * self.block] = old[layer]
+                    stores.append(new)
+        self.blocks.grow(count)
+
+    def _copy(self, source: int, target: int) -> None:
+        a, b = source * self.block, target * self.block
+        with torch.inference_mode():
+            for store in (*self.keys, *self.values):
+                store[b : b + self.block] = store[a : a + self.block]
 
     # --- one forward ----------------------------------------------------------------------
 
-    def begin(self, rows: list[int], counts: list[int]) -> Tensor | None:
-        """Prepare a forward that appends ``counts[b]`` tokens to pool row ``rows[b]``.
+    def begin(self, rows: Sequence[int], counts: Sequence[int]) -> Tensor | None:
+        """Prepare a forward that appends ``counts[b]`` tokens to row ``rows[b]``.
 
         Returns the boolean attention mask [B, 1, L, S] (True = may attend) where L is the largest
         count and S the longest row afterwards; or None where plain causal attention over equal,
         fresh rows, or one query a row over equal rows, is the same thing and cheaper.
         """
+        self._bury()
+        for row, n in zip(rows, counts, strict=True):
+            self.reserve(row, n)
         starts = [self.lengths[r] for r in rows]
-        width = max(w + n for w, n in zip(starts, counts, strict=True))
-        if width > self.slots:
-            grown = max(width, self.slots * 2)
-            if self.max_tokens is not None:
-                grown = max(width, min(grown, self.max_tokens // max(self.rows, 1)))
-            self._grow_slots(grown)
-        device = self.shape.device
-        length = max(counts)
+        ends = [w + n for w, n in zip(starts, counts, strict=True)]
+        length, width = max(counts), max(ends)
+        self._now = _Forward(
+            self._real(counts, length),
+            self._written(rows, starts, ends),
+            None if not any(starts) else self._read(rows, ends, width),
+            width,
+        )
         same = len(set(starts)) == 1 and len(set(counts)) == 1
-        where = _as_slice(rows, device)
-        if same and isinstance(where, slice):
-            self._write = _Write(where, width, (starts[0], length), None)
-        else:
-            self._write = _Write(where, width, None, _scatter(rows, starts, counts, device))
         if same and (length == 1 or starts[0] == 0):
             return None
-        start = torch.tensor(starts, device=device)[:, None, None]  # [B, 1, 1]
-        query = torch.arange(length, device=device)[None, :, None]  # [1, L, 1]
-        slot = torch.arange(width, device=device)[None, None, :]  # [1, 1, S]
+        device = self.shape.device
         # A padded query (behind its row's count) sees the row's real tokens: its result is thrown
         # away, but a row of the mask without any True would give NaN.
-        last = torch.tensor([w + n - 1 for w, n in zip(starts, counts, strict=True)], device=device)
-        return (slot <= torch.minimum(start + query, last[:, None, None]))[:, None]  # [B, 1, L, S]
+        last = np.minimum(
+            np.array(starts)[:, None] + np.arange(length), np.array(ends)[:, None] - 1
+        )
+        slot = torch.arange(width, device=device)
+        return (slot <= torch.from_numpy(last).to(device)[..., None])[:, None]  # [B, 1, L, S]
 
-    def _grow_slots(self, slots: int) -> None:
-        rows = self.rows
-        if self.max_tokens is not None and rows * slots > self.max_tokens:
-            raise UserError(
-                "the KV cache budget is used up",
-                where="PooledCache",
-                got=f"{rows} rows x {slots} tokens",
-                expected=f"at most {self.max_tokens} tokens",
-                fix="raise max_cached_tokens, run fewer questions at once, or close sessions",
-            )
-        self._resize(rows, slots)
+    def _real(self, counts: Sequence[int], length: int) -> Tensor | None:
+        if min(counts) == length:
+            return None
+        flat = np.arange(len(counts) * length).reshape(-1, length)
+        kept = flat[np.arange(length) < np.array(counts)[:, None]]
+        return torch.from_numpy(kept).to(self.shape.device)
 
-    def commit(self, rows: list[int], counts: list[int]) -> None:
+    def _written(
+        self, rows: Sequence[int], starts: Sequence[int], ends: Sequence[int]
+    ) -> Tensor | slice:
+        b = self.block
+        if len(rows) == 1 and (ends[0] - starts[0] == 1 or self._neighbours(rows[0])):
+            at = self.tables[rows[0]][starts[0] // b] * b + starts[0] % b
+            return slice(at, at + ends[0] - starts[0])
+        parts = []
+        for row, start, end in zip(rows, starts, ends, strict=True):
+            at = np.arange(start, end)
+            parts.append(self._places[row, at // b] * b + at % b)
+        return torch.from_numpy(np.concatenate(parts)).to(self.shape.device)
+
+    def _read(self, rows: Sequence[int], ends: Sequence[int], width: int) -> Tensor | slice:
+        b = self.block
+        if len(rows) == 1 and self._neighbours(rows[0]):
+            at = self.tables[rows[0]][0] * b
+            return slice(at, at + width)
+        first = self._places[rows, : self.count(width)] * b  # [B, S / b]
+        slots = (first[..., None] + np.arange(b)).reshape(len(rows), -1)[:, :width]
+        # Behind its end a row sees its own first slot: what lies there is finite, and masked.
+        slots = np.where(np.arange(width) < np.array(ends)[:, None], slots, slots[:, :1])
+        return torch.from_numpy(slots.reshape(-1)).to(self.shape.device)
+
+    def _neighbours(self, row: int) -> bool:
+        table = self.tables[row]
+        return table[-1] - table[0] == len(table) - 1 and table == [*range(table[0], table[-1] + 1)]
+
+    def commit(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """The forward went well: move the write indexes on."""
         for row, n in zip(rows, counts, strict=True):
             self.lengths[row] += n
-        self._write = None
+        self._now = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by attention: store the new [B, heads, L, head_dim], give back [.., S, ..]."""
-        w = self._write
-        if w is None:
+        now = self._now
+        if now is None:
             raise InternalError("attention ran outside begin/commit", where="PooledCache.update")
-        out = []
-        for store, new in (
-            (self.keys[layer_idx], key_states),
-            (self.values[layer_idx], value_states),
-        ):
-            if w.uniform is not None:
-                at, n = w.uniform
-                store[w.rows, :, at : at + n] = new
-            elif w.scatter is not None:
-                batch, local, row, slot = w.scatter
-                # [T, heads, head_dim] on both sides
-                store[row, :, slot] = new.transpose(1, 2)[batch, local].to(store.dtype)
-            out.append(store[w.rows, :, : w.width])
-        return out[0], out[1]
+        return (
+            self._updated(self.keys[layer_idx], key_states, now),
+            self._updated(self.values[layer_idx], value_states, now),
+        )
+
+    def _updated(self, store: Tensor, new: Tensor, now: _Forward) -> Tensor:
+        batch, heads, _, head_dim = new.shape
+        rows = new.transpose(1, 2).reshape(-1, store.shape[1])  # [B * L, heads * head_dim]
+        if now.real is not None:
+            rows = rows.index_select(0, now.real)
+        if isinstance(now.slots, slice):
+            store[now.slots] = rows
+        else:
+            store.index_copy_(0, now.slots, rows.to(store.dtype))
+        if now.seen is None:
+            return new.to(store.dtype)
+        # [B * S, heads * head_dim]; a view for one row in neighbouring blocks
+        seen = store[now.seen] if isinstance(now.seen, slice) else store.index_select(0, now.seen)
+        return seen.view(batch, now.width, heads, head_dim).transpose(1, 2)
 
     # --- what transformers may ask --------------------------------------------------------
 
@@ -212,21 +391,4 @@ class PooledCache(ExplicitCache):
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Width of the keys that the forward in progress sees, and their offset."""
-        return (self._write.width if self._write else self.slots), 0
-
-
-def _as_slice(rows: list[int], device: torch.device) -> Tensor | slice:
-    """Neighbouring rows as a slice: the attention then reads the pool without a copy."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)
-
-
-def _scatter(
-    rows: list[int], starts: list[int], counts: list[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Batch index, block index, pool row and slot of each real token of a ragged block."""
-    tokens = [(b, i) for b, n in enumerate(counts) for i in range(n)]
-    columns = [(b, i, rows[b], starts[b] + i) for b, i in tokens]
-    batch, local, row, slot = torch.tensor(columns, device=device).unbind(1)
-    return batch, local, row, slot
+        return (self._now.width if self._now else self.get_seq_length()), 0

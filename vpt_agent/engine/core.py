@@ -1,17 +1,19 @@
-"""The engine: one model, one KV pool, one loop that runs many sessions together.
+"""The engine: one model, one KV cache, one loop that runs many sessions together.
 
 Runs are generators (state machines) that yield what they need: :class:`Feed` (compute tokens) or
-:class:`Look` (encode pictures). The loop collects what all runs ask for, groups it, computes each
-group in one batch, and sends the answers back. Rows at different stages share a forward.
+:class:`Look` (encode pictures). The loop (:mod:`vpt_agent.engine.scheduler`) collects what all runs
+ask for, a plan (:mod:`vpt_agent.engine.plan`) says what of it is computed now, and the engine
+computes it in few batches. Rows at different stages share a forward.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,17 +21,15 @@ from transformers.cache_utils import Cache
 
 from vpt_agent.engine.cache import KVShape, PooledCache
 from vpt_agent.engine.features import FeatureStore
-from vpt_agent.engine.parts import Fed, Feed, Look, Looked, Wait
+from vpt_agent.engine.live import Live, Run, T
+from vpt_agent.engine.parts import Block, Fed, Look, Looked
+from vpt_agent.engine.plan import FEW, Measures, Piece, Planner
+from vpt_agent.engine.scheduler import Outcome, Scheduler
 from vpt_agent.engine.session import Session
 from vpt_agent.errors import UserError
 from vpt_agent.model.deepstack import put, widened
 from vpt_agent.tokens.table import ResolvedKind, ResolvedTable
 from vpt_agent.vision.policy import ImagePolicy
-
-T = TypeVar("T")
-Run = Generator[Any, Any, T]
-"""A run yields a Feed, a list of Look, or a Wait; it receives a Fed, list[list[Looked]] or a
-list of tool results."""
 
 
 class LanguageModel(Protocol):
@@ -80,30 +80,25 @@ class LanguageModel(Protocol):
 
 
 @dataclass
-class _Live:
-    """A run in progress: what it waits for, or what it returned."""
-
-    run: Run[Any]
-    want: Any = None
-    result: Any = None
-    finished: bool = False
-
-
-@dataclass
 class Counters:
-    """What the engine did, for tests and reports. ``padded_tokens`` includes ragged padding."""
+    """What the engine did, for tests and reports. ``padded_tokens`` includes ragged padding;
+    ``shared_tokens`` were not computed, since another row had them; ``repeated_tokens`` were
+    computed again, since their blocks had gone to others."""
 
     forwards: int = 0
     tokens: int = 0
     padded_tokens: int = 0
+    shared_tokens: int = 0
+    repeated_tokens: int = 0
     rows_per_forward: list[int] = field(default_factory=list)
 
 
 class Engine:
     """Owns the model while it runs. ``policy`` says how pictures become patches.
 
-    ``max_cached_tokens`` bounds the KV pool (rows x slots); None leaves it to memory.
-    ``max_positions`` is the longest sequence the model was made for.
+    ``max_cached_tokens`` bounds the KV cache, in blocks of ``block`` tokens; None leaves it to
+    memory. ``max_positions`` is the longest sequence the model was made for. At most ``max_runs``
+    runs go on at once, others wait. ``measures`` say how much of prompts goes into one step.
     """
 
     def __init__(
@@ -113,6 +108,9 @@ class Engine:
         *,
         max_cached_tokens: int | None = None,
         max_positions: int = 32768,
+        max_runs: int = 64,
+        measures: Measures = Measures(),  # noqa: B008 - frozen
+        block: int = 16,
         feature_cache: int = 64,
     ) -> None:
         self.model = model
@@ -121,11 +119,14 @@ class Engine:
         self.controls = model.table.controls
         self.control_ids = model.table.control_ids
         self.max_positions = max_positions
-        self.cache = PooledCache(kv_shape(model), max_tokens=max_cached_tokens)
+        self.measures = measures
+        self.cache = PooledCache(kv_shape(model), max_tokens=max_cached_tokens, block=block)
         self.device = self.cache.shape.device
         self.features = FeatureStore(model, policy, self.device, capacity=feature_cache)
         self.counters = Counters()
         self.lock = threading.RLock()  # tools on threads may ask for features meanwhile
+        self.loop = Scheduler(self, most=max_runs)
+        self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()  # by row
 
     def kind_of(self, name: str) -> ResolvedKind:
         """The row of a kind."""
@@ -134,160 +135,132 @@ class Engine:
     def session(self) -> Session:
         """A new, empty session."""
         with self.lock:
-            return Session(self, self.cache.allocate())
+            session = Session(self, self.cache.allocate())
+            self._sessions[session.row] = session
+            return session
 
     # --- the loop -------------------------------------------------------------------------
 
     def drive(self, runs: Sequence[Run[T]]) -> list[T]:
-        """Run all to their ends, together; their results in order."""
-        live = [_Live(run) for run in runs]
-        for _ in self._steps(live):
-            pass
-        return [entry.result for entry in live]
+        """Run all to their ends, together and with what other threads run; their results in
+        order."""
+        return self.loop.drive(runs)
 
     def steps(self, runs: Sequence[Run[T]]) -> Generator[None, None, None]:
         """As :meth:`drive`, giving control back after every step."""
-        return self._steps([_Live(run) for run in runs])
+        return self.loop.steps(runs)
 
-    def _steps(self, live: list[_Live]) -> Generator[None, None, None]:
+    def submit(self, run: Run[T]) -> Future[T]:
+        """Run it in the background, in the same batches as all others. Cancelling the future stops
+        it."""
+        return self.loop.submit(run)
+
+    def look_all(self, looks: Sequence[Look]) -> list[list[Looked]]:
+        """Features of pictures, one batch an encoder."""
+        with self.lock, torch.inference_mode():
+            return self.features.look_all(looks)
+
+    def step(self, feeding: Sequence[Live], everyone: Sequence[Live]) -> list[Outcome]:
+        """Compute what fits into one step of what ``feeding`` ask for (see
+        :class:`~vpt_agent.engine.plan.Planner`); the answer of each feed that is complete, or why
+        it cannot be."""
+        with self.lock, torch.inference_mode():
+            planner = Planner(
+                self.cache,
+                self.measures,
+                idle=lambda: self._idle(everyone),
+                longest=self.max_positions,
+            )
+            pieces = planner.pieces(feeding, everyone)
+            done: list[Outcome] = [*planner.refused]
+            for group in _groups(pieces):
+                done += self._together(group)
+            return done
+
+    def _idle(self, everyone: Sequence[Live]) -> list[Session]:
+        """Sessions that no run is using, the one that was used longest ago first."""
+        used = {live.row() for live in everyone}
+        idle = [s for row, s in list(self._sessions.items()) if row not in used and not s.closed]
+        return sorted(idle, key=lambda s: s.touched)
+
+    def _together(self, group: list[Piece]) -> list[Outcome]:
+        """Compute a group; what goes wrong is the trouble of the row that makes it go wrong."""
         try:
-            for entry in live:
-                self._advance(entry, None)
-            while waiting := [entry for entry in live if not entry.finished]:
-                self._step(waiting)
-                yield
-        finally:
-            for entry in live:
-                entry.run.close()
-
-    def _step(self, waiting: list[_Live]) -> None:
-        """Answer one kind of wish: tools that are ready, then pictures, then tokens."""
-        if self._collect_tools(waiting):
-            return
-        looking = [e for e in waiting if isinstance(e.want, list)]
-        if looking:
-            # One batch per encoder over all runs; then each run goes on to its next wish.
-            self._look_together(looking)
-            return
-        for group in _groups([e for e in waiting if isinstance(e.want, Feed)]):
-            try:
-                with self.lock, torch.inference_mode():
-                    fed = self._forward([e.want for e in group])
-            except UserError as error:  # too long, or no room in the cache
-                self._without_culprits(group, error)
-                continue
-            for entry, answer in zip(group, fed, strict=True):
-                self._advance(entry, answer)
-
-    def _look_together(self, looking: list[_Live]) -> None:
-        """Features for all of ``looking`` in one batch; a picture that cannot be encoded is the
-        trouble of the run that showed it."""
-        try:
-            with self.lock, torch.inference_mode():
-                answers = iter(self.features.look_all([w for e in looking for w in e.want]))
-        except UserError as error:
-            if len(looking) == 1:
-                self._throw(looking[0], error)
-                return
-            for entry in looking:
-                self._look_together([entry])
-            return
-        for entry in looking:
-            self._advance(entry, [next(answers) for _ in entry.want])
-
-    def _without_culprits(self, group: list[_Live], error: UserError) -> None:
-        """One row's trouble is its own: run the rows of a refused batch one by one."""
-        if len(group) == 1:
-            self._throw(group[0], error)
-            return
-        for entry in group:
-            try:
-                with self.lock, torch.inference_mode():
-                    answer = self._forward([entry.want])[0]
-            except UserError as own:
-                self._throw(entry, own)
-            else:
-                self._advance(entry, answer)
-
-    def _collect_tools(self, waiting: list[_Live]) -> bool:
-        """Advance the runs whose tools are done; block only if every run waits for tools."""
-        on_tools = [e for e in waiting if isinstance(e.want, Wait)]
-        if not on_tools:
-            return False
-        for entry in on_tools:
-            entry.want.start()
-        running = [f for e in on_tools for f in e.want.futures if not f.done()]
-        if len(on_tools) == len(waiting) and not any(_ready(e) for e in on_tools):
-            wait(running, return_when=FIRST_COMPLETED)
-        ready = [e for e in on_tools if _ready(e)]
-        for entry in ready:
-            broken = next((e for f in entry.want.futures if (e := f.exception())), None)
-            if broken is not None:  # the user's or our fault: that run's, not everybody's
-                self._throw(entry, broken)
-            else:
-                self._advance(entry, [f.result() for f in entry.want.futures])
-        return bool(ready) or len(on_tools) == len(waiting)
-
-    @staticmethod
-    def _advance(entry: _Live, answer: Any) -> None:
-        try:
-            with torch.inference_mode():
-                entry.want = entry.run.send(answer)
-        except StopIteration as stop:
-            entry.result, entry.finished = stop.value, True
-
-    @staticmethod
-    def _throw(entry: _Live, error: BaseException) -> None:
-        try:
-            entry.want = entry.run.throw(error)
-        except StopIteration as stop:
-            entry.result, entry.finished = stop.value, True
+            return self._forward(group)
+        except (UserError, torch.OutOfMemoryError) as error:
+            trouble = error
+        # Outside the handler: the error holds the frames, and so the memory, of what failed.
+        if len(group) > 1:
+            return [done for piece in group for done in self._together([piece])]
+        if isinstance(trouble, torch.OutOfMemoryError):
+            trouble = UserError(
+                "the device has too little memory for these tokens",
+                where="Engine",
+                got=f"{len(group[0].block.ids)} tokens at once",
+                fix="give fewer or smaller pictures, run fewer questions at once, or lower "
+                "max_cached_tokens",
+            )
+        return [(group[0].entry, trouble)]
 
     # --- one forward ----------------------------------------------------------------------
 
-    def _forward(self, feeds: Sequence[Feed]) -> list[Fed]:
-        sessions = [f.session for f in feeds]
-        counts = [len(f.block.ids) for f in feeds]
-        rows = [s.row for s in sessions]
-        for session, n in zip(sessions, counts, strict=True):
-            session.check_open()
-            if len(session) + n > self.max_positions:
-                raise UserError(
-                    "the conversation is longer than the model can hold",
-                    got=f"{len(session) + n} tokens",
-                    expected=f"at most {self.max_positions}",
-                    fix="ask a shorter question, give fewer or smaller pictures, "
-                    "or start a new conversation",
-                )
+    def _forward(self, pieces: Sequence[Piece]) -> list[Outcome]:
+        blocks = [p.block for p in pieces]
+        counts = [len(b.ids) for b in blocks]
+        rows = [p.session.row for p in pieces]
         width = max(counts)
-        embeds, positions = self._inputs(feeds, counts, width)
+        embeds, positions = self._inputs(blocks, counts, width)
         mask = self.cache.begin(rows, counts)
         hidden = self.model.run_language_model(embeds, positions, mask, self.cache)  # [B, L, D]
+        states = [hidden[b, p.outputs : n] for b, (p, n) in enumerate(zip(pieces, counts))]
+        logits = self._logits(pieces, states)
         self.cache.commit(rows, counts)
-        self.counters.forwards += 1
-        self.counters.tokens += sum(counts)
-        self.counters.padded_tokens += width * len(feeds)
-        self.counters.rows_per_forward.append(len(feeds))
-        states = [hidden[b, :n] for b, n in enumerate(counts)]
-        for feed, state in zip(feeds, states, strict=True):
-            feed.session.advance(feed.block, state)
-        return self._with_logits(feeds, states)
+        count = self.counters
+        count.forwards += 1
+        count.tokens += sum(counts)
+        count.padded_tokens += width * len(pieces)
+        count.repeated_tokens += sum(min(p.outputs, n) for p, n in zip(pieces, counts))
+        count.rows_per_forward.append(len(pieces))
+        return [
+            (piece.entry, self._taken(piece, state, part))
+            for piece, state, part in zip(pieces, states, logits, strict=True)
+        ]
+
+    def _taken(self, piece: Piece, state: Tensor, logits: Tensor | None) -> Fed | None:
+        """Note what was computed of a feed; the answer, if that was the last of it."""
+        entry, session = piece.entry, piece.session
+        entry.computed(len(piece.block.ids), state, logits)
+        session.touched = self.counters.forwards
+        if entry.known is not None:
+            self.cache.register(session.row, entry.known)
+        if not piece.last:
+            return None
+        self.counters.shared_tokens += entry.shared
+        return entry.fed()
 
     def _inputs(
-        self, feeds: Sequence[Feed], counts: Sequence[int], width: int
+        self, blocks: Sequence[Block], counts: Sequence[int], width: int
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, L, D] with visual tokens in place, positions [3, B, L].
 
         Wider, where a picture has features for deeper layers (``model.deepstack``).
         """
-        ids = torch.zeros(len(feeds), width, dtype=torch.long)
-        positions = torch.zeros(3, len(feeds), width, dtype=torch.long)
+        if len(blocks) == 1 and not blocks[0].visual:  # words of one row: nothing to lay out
+            words = torch.tensor([blocks[0].ids], device=self.device)
+            places = blocks[0].positions[:, None].to(self.device)
+            return self.model.get_input_embeddings()(words), places
+        if width == 1 and not any(block.visual for block in blocks):  # one word a row
+            words = torch.tensor([block.ids for block in blocks], device=self.device)
+            places = torch.stack([block.positions for block in blocks], dim=1).to(self.device)
+            return self.model.get_input_embeddings()(words), places
+        ids = torch.zeros(len(blocks), width, dtype=torch.long)
+        positions = torch.zeros(3, len(blocks), width, dtype=torch.long)
         index: list[Tensor] = []
         features: list[Tensor] = []
-        for b, feed in enumerate(feeds):
-            ids[b, : counts[b]] = torch.tensor(feed.block.ids)
-            positions[:, b, : counts[b]] = feed.block.positions
-            for offset, tokens in feed.block.visual:
+        for b, block in enumerate(blocks):
+            ids[b, : counts[b]] = torch.tensor(block.ids)
+            positions[:, b, : counts[b]] = block.positions
+            for offset, tokens in block.visual:
                 index.append(torch.arange(tokens.shape[0]) + b * width + offset)
                 features.append(tokens)
         embeds = self.model.get_input_embeddings()(ids.to(self.device))  # [B, L, D]
@@ -300,21 +273,18 @@ class Engine:
             )
         return embeds, positions.to(self.device)
 
-    def _with_logits(self, feeds: Sequence[Feed], states: Sequence[Tensor]) -> list[Fed]:
+    def _logits(self, pieces: Sequence[Piece], states: Sequence[Tensor]) -> list[Tensor | None]:
         """One product with the output head for every position that asked for logits."""
         wanted = [
-            state if f.logits == "all" else state[-1:] if f.logits == "last" else state[:0]
-            for f, state in zip(feeds, states, strict=True)
+            state if p.logits == "all" else state[-1:] if p.logits == "last" else state[:0]
+            for p, state in zip(pieces, states, strict=True)
         ]
-        stacked = torch.cat(wanted)
+        stacked = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
         if not stacked.shape[0]:
-            return [Fed(state, None) for state in states]
+            return [None] * len(wanted)
         logits = self.model.compute_logits(stacked).float()
         parts = logits.split([w.shape[0] for w in wanted])
-        return [
-            Fed(state, part if part.shape[0] else None)
-            for state, part in zip(states, parts, strict=True)
-        ]
+        return [part if part.shape[0] else None for part in parts]
 
     def look(self, encoder: str, views: Sequence[Any]) -> list[Looked]:
         """Encode pictures outside a run (tools, tests)."""
@@ -322,26 +292,20 @@ class Engine:
             return self.features.look_all([Look(encoder, tuple(views))])[0]
 
 
-def _ready(entry: _Live) -> bool:
-    """Whether all tools that a run waits for are done."""
-    return all(f.done() for f in entry.want.futures)
-
-
-def _groups(waiting: Sequence[_Live]) -> list[list[_Live]]:
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Rows to run together: alike in length, since a ragged batch is padded to its longest.
 
     Decoding rows (a few tokens) go in one batch; long blocks go together while padding stays
     under a quarter.
     """
-    ordered = sorted(waiting, key=lambda e: len(e.want.block.ids))
-    groups: list[list[_Live]] = []
-    for entry in ordered:
-        n = len(entry.want.block.ids)
-        if groups and (n <= 4 or n <= 1.33 * len(groups[-1][0].want.block.ids)):
-            groups[-1].append(entry)
+    groups: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda p: len(p.block.ids)):
+        n = len(piece.block.ids)
+        if groups and (n <= FEW or n <= 1.33 * len(groups[-1][0].block.ids)):
+            groups[-1].append(piece)
         else:
-            groups.append([entry])
-    return [sorted(g, key=lambda e: e.want.session.row) for g in groups]
+            groups.append([piece])
+    return [sorted(g, key=lambda p: p.session.row) for g in groups]
 
 
 def kv_shape(model: LanguageModel) -> KVShape:

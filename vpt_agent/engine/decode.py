@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -81,8 +82,13 @@ class TurnRules:
         if opening and self.first is not None:
             allowed = self.first
         full = started >= self.max_calls
-        banned = self.banned | self.ban(state, full)
-        return allowed, banned | self.starts if full else banned
+        banned = self._banned_full if full else self.banned
+        more = self.ban(state, full)
+        return allowed, banned | more if more else banned
+
+    @cached_property
+    def _banned_full(self) -> frozenset[int]:
+        return self.banned | self.starts
 
 
 @dataclass(frozen=True)

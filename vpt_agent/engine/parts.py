@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from vpt_agent.types import TokenSource, View
@@ -61,13 +62,37 @@ Logits = Literal["none", "last", "all"]
 class Block:
     """One forward's worth of new tokens for one session.
 
-    ``positions`` [3, n] on the CPU; ``visual`` are (offset, features [m, D]) that replace the
-    embeddings of the ids there.
+    ``positions`` [3, n] on the CPU, ``ends`` the next position behind each token; ``visual`` are
+    (offset, features [m, D]) that replace the embeddings of the ids there.
     """
 
     ids: list[int]
     positions: Tensor
+    ends: list[int]
     visual: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+def cut(blocks: Sequence[Block], start: int, stop: int) -> Block:
+    """Tokens ``start`` to ``stop`` of the sequence that ``blocks`` are together."""
+    ids: list[int] = []
+    positions: list[Tensor] = []
+    ends: list[int] = []
+    visual: list[tuple[int, Tensor]] = []
+    at = 0
+    for block in blocks:
+        low, high = max(start - at, 0), min(stop - at, len(block.ids))
+        if low < high:
+            for offset, tokens in block.visual:
+                first, end = max(offset, low), min(offset + tokens.shape[0], high)
+                if first < end:
+                    whole = end - first == tokens.shape[0]
+                    part = tokens if whole else tokens[first - offset : end - offset]
+                    visual.append((len(ids) + first - low, part))
+            ids += block.ids[low:high]
+            ends += block.ends[low:high]
+            positions.append(block.positions[:, low:high])
+        at += len(block.ids)
+    return Block(ids, torch.cat(positions, dim=1), ends, visual)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
+        self._last: tuple[tuple[object, ...], Tensor | None] | None = None
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -91,18 +92,7 @@ class Sampler:
                 "the checkpoint",
             )
         removed = 0.0
-        keep: Tensor | None = None
-        if allowed is not None:
-            keep = torch.zeros_like(logprobs, dtype=torch.bool)
-            if isinstance(allowed, Tensor):
-                keep[: len(allowed)] = allowed.to(keep.device)
-            else:
-                keep[torch.tensor(sorted(allowed), device=keep.device)] = True
-        ban = sorted(banned)
-        if ban:
-            if keep is None:
-                keep = torch.ones_like(logprobs, dtype=torch.bool)
-            keep[torch.tensor(ban, device=keep.device)] = False
+        keep = self._kept(logprobs, allowed, banned)
         if keep is not None:
             kept = logprobs.masked_fill(~keep, float("-inf"))
             mass = torch.logsumexp(kept, -1)
@@ -110,6 +100,23 @@ class Sampler:
             logprobs = kept - mass
         token, drawn = self._pick(logprobs)
         return Choice(token, float(logprobs[token]), removed, free, drawn)
+
+    def _kept(
+        self,
+        logprobs: Tensor,
+        allowed: Iterable[int] | Tensor | None,
+        banned: Iterable[int],
+    ) -> Tensor | None:
+        """Where ids may be chosen, bool [vocab]; None: everywhere. The last sets that do not change
+        are remembered: most tokens of a turn come under the same ones."""
+        fixed = isinstance(banned, frozenset) and isinstance(allowed, frozenset | None)
+        under = (allowed, banned, len(logprobs), logprobs.device)
+        if fixed and self._last is not None and self._last[0] == under:
+            return self._last[1]
+        keep = _mask(logprobs, allowed, banned)
+        if fixed:
+            self._last = under, keep
+        return keep
 
     def _pick(self, logprobs: Tensor) -> tuple[int, float]:
         s = self.sampling
@@ -132,3 +139,23 @@ class Sampler:
     def probability_of(self, logits: Tensor, token: int) -> float:
         """Probability of ``token`` without any constraint: what a forced token's mass was."""
         return float(torch.log_softmax(logits.float(), -1)[token].exp())
+
+
+def _mask(
+    logprobs: Tensor, allowed: Iterable[int] | Tensor | None, banned: Iterable[int]
+) -> Tensor | None:
+    """True at ids of ``logprobs`` [vocab] that are allowed (None: any) and not banned; None where
+    that is all of them."""
+    keep: Tensor | None = None
+    if allowed is not None:
+        keep = torch.zeros_like(logprobs, dtype=torch.bool)
+        if isinstance(allowed, Tensor):
+            keep[: len(allowed)] = allowed.to(keep.device)
+        else:
+            keep[torch.tensor(sorted(allowed), device=keep.device)] = True
+    ban = sorted(banned)
+    if ban:
+        if keep is None:
+            keep = torch.ones_like(logprobs, dtype=torch.bool)
+        keep[torch.tensor(ban, device=keep.device)] = False
+    return keep

@@ -26,6 +26,7 @@ from vpt_agent.engine.parts import (
     Tokens,
     Unconditioned,
     Visual,
+    cut,
 )
 from vpt_agent.errors import UserError
 from vpt_agent.model.positions import span_positions
@@ -66,8 +67,12 @@ class Session:
         self.next_position = 0
         self.hidden: Tensor | None = None  # [D] final-norm state at the last position
         self.controls: list[Control] = []
+        self.blocks: list[Block] = []  # what was appended: to compute it again, if it must be
+        self.expected = 0  # length it may reach, as far as anybody said
+        self.touched = 0  # when it was last used
         self.forward_tokens = 0
         self.forward_calls = 0
+        self.shared_tokens = 0  # not computed for it: another session had them
         self.intervention: Intervention | None = None  # an experiment's; None changes nothing
         self._finalizer = weakref.finalize(self, engine.cache.release, row)
 
@@ -97,6 +102,7 @@ class Session:
             other = self.engine.session()
             self.engine.cache.copy_row(self.row, other.row)
         other.ids, other.positions = list(self.ids), list(self.positions)
+        other.blocks = list(self.blocks)
         other.next_position, other.hidden = self.next_position, self.hidden
         other.controls = [Control(c.token, c.state, c.used) for c in self.controls]
         other.intervention = self.intervention
@@ -112,7 +118,10 @@ class Session:
             return
         self.check_open()
         with self.engine.lock:
-            self.engine.cache.truncate(self.row, length)
+            cache = self.engine.cache
+            # Less may be there: other runs may have needed the room.
+            cache.truncate(self.row, min(length, cache.lengths[self.row]))
+            self.blocks = [cut(self.blocks, 0, length)] if length else []
         dropped = self.ids[length:]
         lost = sum(1 for i in dropped if i in self.engine.control_ids)
         if lost:
@@ -236,15 +245,16 @@ class Session:
         kept = [change.visual(p, empty) if isinstance(p, Visual) else p for p in parts]
         return [p for p in kept if p is not None]
 
-    def advance(self, block: Block, hidden: Tensor) -> None:
-        """Called by the loop when ``block`` has been computed; ``hidden`` is [n, D]."""
+    def advance(self, block: Block, hidden: Tensor, *, computed: int, calls: int) -> None:
+        """Called by the loop when ``block`` has been computed; ``hidden`` [n, D] is that of its
+        last tokens. ``computed`` tokens went through the model for it, in ``calls`` passes."""
+        self.blocks.append(block)
         self.ids += block.ids
-        self.next_position = int(block.positions.max()) + 1
-        ends = torch.cummax(block.positions.amax(0), 0).values + 1
-        self.positions += ends.tolist()
+        self.positions += block.ends
+        self.next_position = block.ends[-1]
         self.hidden = hidden[-1]
-        self.forward_tokens += len(block.ids)
-        self.forward_calls += 1
+        self.forward_tokens += computed
+        self.forward_calls += calls
 
     # --- without a loop -------------------------------------------------------------------
 
@@ -271,6 +281,7 @@ class _Builder:
         self.next = start
         self.ids: list[int] = []
         self._positions: list[Tensor] = []
+        self._ends: list[int] = []
         self._visual: list[tuple[int, Tensor]] = []
         self._run = 0  # text tokens not yet turned into positions
 
@@ -298,12 +309,19 @@ class _Builder:
             self._run = 0
 
     def _add(self, grid: tuple[int, int, int] | None, count: int) -> None:
-        positions, self.next = span_positions(self.next, grid, count)
+        start = self.next
+        positions, self.next = span_positions(start, grid, count)
         self._positions.append(positions)
+        if grid is None:
+            self._ends += range(start + 1, self.next + 1)
+        else:
+            self._ends += (torch.cummax(positions.amax(0), 0).values + 1).tolist()
 
     def done(self) -> Block:
         self._flush()
-        return Block(self.ids, torch.cat(self._positions, dim=1), self._visual)
+        positions = self._positions
+        joined = positions[0] if len(positions) == 1 else torch.cat(positions, dim=1)
+        return Block(self.ids, joined, self._ends, self._visual)
 
 
 def spans_of(parts: Sequence[Part]) -> tuple[Span, ...]:

@@ -94,7 +94,8 @@ class DirectDecoder:
             return None
         watched: list[tuple[Mapping[str, Any], str, nn.Module]] = []
         layers = tuple(_layer(layer, watched) for layer in text.layers)
-        watched.append((text._modules, "norm", text.norm))
+        watched += [(text.layers._modules, name, layer) for name, layer in text.layers.named_children()]
+        watched += [(text._modules, "norm", text.norm), ({"": text}, "", text)]
         return cls(
             text=text,
             layers=layers,
