@@ -20,7 +20,8 @@ Rows = Tensor | Sequence[Sequence[int]]
 Stages = Tensor | Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
 
 
-def _lookup(mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
+def lookup(mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
+    """The normalised value of each 8-bit level by channel, float32 [256, 3]."""
     # 256 x 3 values say it all; the order of roundings is that of transformers' PIL processors.
     levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)[:, None]
     centre, spread = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
@@ -54,7 +55,7 @@ def _look(
     temporal: int,
 ) -> Tensor:
     pixels = image.numpy()
-    table = _lookup(mean, std)
+    table = lookup(mean, std)
     stages = [[] for _ in range(len(boxes))] if pre_sizes is None else pre_sizes.tolist()
     parts = [np.zeros((0, 3 * temporal * patch * patch), np.float32)]
     for box, size, before in zip(boxes.tolist(), sizes.tolist(), stages, strict=True):
@@ -84,7 +85,7 @@ def _pixels(
     pairs = [stages[i : i + 2] for i in range(0, len(stages), 2)]
     small = _resample(image.numpy(), box, pairs, size, resample)
     left, top, right, bottom = window
-    values = _lookup(mean, std)[small[top:bottom, left:right], np.arange(3)]  # [h, w, 3]
+    values = lookup(mean, std)[small[top:bottom, left:right], np.arange(3)]  # [h, w, 3]
     result = np.zeros((3, *canvas), np.float32)
     result[:, : bottom - top, : right - left] = values.transpose(2, 0, 1)
     return torch.from_numpy(result)
