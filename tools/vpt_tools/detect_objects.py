@@ -217,7 +217,8 @@ class DetectObjects(PerceptionTool):
             for i, (name, sure, box) in enumerate(kept, 1)
         ]
         width, height = view.size
-        head = f"Found {len(kept)} things; boxes in pixels of {view.id} ({width} x {height}):"
+        many = "thing" if len(kept) == 1 else "things"
+        head = f"Found {len(kept)} {many}; boxes in pixels of {view.id} ({width} x {height}):"
         drawn = []
         if arguments.show and kept:
             named = [(box, f"{i} {name}") for i, (name, _, box) in enumerate(kept, 1)]
