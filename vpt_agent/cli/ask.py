@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,12 +23,28 @@ from vpt_agent.types import Answer, Limits
 
 if TYPE_CHECKING:
     from vpt_agent.agent import PerceptionAgent
+    from vpt_agent.tool import PerceptionTool
+
+ToolNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tool",
+        metavar="TOOL",
+        help="A tool beside the installed ones: FILE.py, FILE.py:NAME, MODULE:NAME, a module, or "
+        "the name of an installed tool that must be there. May be given several times.",
+    ),
+]
 
 
 def load_agent(
-    model: str | None, *, device: str, dtype: str, progress: Progress
+    model: str | None,
+    *,
+    device: str,
+    dtype: str,
+    progress: Progress,
+    tools: Sequence[PerceptionTool] = (),
 ) -> PerceptionAgent:
-    """Load the agent. Tests replace this function.
+    """Load the agent, with ``tools`` beside the installed ones. Tests replace this function.
 
     What transformers cannot find or read is an OSError there, and bad input here.
     """
@@ -38,7 +56,9 @@ def load_agent(
         # The bars of transformers are for people who wait for a large model.
         logging.disable_progress_bar()
     try:
-        return PerceptionAgent.from_pretrained(model, device=device, dtype=dtype, progress=progress)
+        return PerceptionAgent.from_pretrained(
+            model, device=device, dtype=dtype, tools=tools, progress=progress
+        )
     except OSError as error:
         raise CheckpointError(
             "the checkpoint cannot be loaded",
@@ -46,6 +66,45 @@ def load_agent(
             got=str(error).splitlines()[0],
             expected="a folder with a config.json, or the name of a repository on the hub",
         ) from error
+
+
+Mcp = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SERVER",
+        help="Tools of an MCP server, too: its address, or the command that starts it. Their "
+        "argument image is filled with the picture. May be given several times.",
+    ),
+]
+
+
+def mount(agent: PerceptionAgent, servers: list[str] | None, say: Progress) -> None:
+    """Give the agent the tools of MCP servers, each named by an address or a command."""
+    for server in servers or ():
+        say(f"connecting to {server}")
+        try:
+            address = server.startswith(("http://", "https://"))
+            target = server if address else shlex.split(server)
+        except ValueError as error:
+            raise UserError("this command cannot be read", where="--mcp", got=error) from error
+        before = len(agent.registry.failed)
+        found = agent.registry.mount_mcp(target, pictures="image")
+        note("tools", f"{', '.join(tool.name for tool in found) or 'none'} of {server}")
+        for failed in agent.registry.failed[before:]:
+            note("warning", f"the tool {failed.name} does not load: {failed.error}")
+
+
+def named_tools(names: list[str]) -> list[PerceptionTool]:
+    """What ``--tool`` names, before anything is loaded. Raises UserError for what is no tool."""
+    if not names:
+        return []
+    from vpt_agent.tool import ToolRegistry
+    from vpt_agent.tool.find import tools_named
+
+    installed = ToolRegistry.from_entry_points()
+    found = [tool for name in names for tool in tools_named(name, installed)]
+    ToolRegistry.with_installed(found)  # conflicts and what a tool lacks, said at once
+    return found
 
 
 def split_words(words: list[str], images: list[str]) -> tuple[list[str], str]:
@@ -84,6 +143,23 @@ def _tell(answer: Answer, trace: Path | None) -> None:
         note("trace", f"{trace} (vpt-agent trace show {trace})")
 
 
+def _finish(answer: Answer, trace: Path | None, *, as_json: bool) -> None:
+    """Print the answer; leaves with an exit code if there is none."""
+    _tell(answer, trace)
+    if as_json:
+        print_json(answer.to_dict())
+    else:
+        typer.echo(answer.text)
+    if answer.status == "limit":
+        note(
+            "error", f"the run stopped at the limit {answer.limit!r} before its answer was complete"
+        )
+    elif answer.status == "failed":
+        note("error", "the run failed; its trace says where")
+    if answer.status != "answered":
+        raise typer.Exit(RUN_FAILED)
+
+
 @clear_errors
 def ask(
     words: Annotated[
@@ -100,6 +176,8 @@ def ask(
     tool_choice: Annotated[
         str, typer.Option(help="auto, none, required, or the name of a tool.")
     ] = "auto",
+    tool: ToolNames = None,
+    mcp: Mcp = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the run into this new folder.")
     ] = None,
@@ -120,8 +198,10 @@ def ask(
     """
     pictures, question = split_words(words, image or [])
     limits = Limits(new_tokens=max_new_tokens)
+    tools = named_tools(tool or [])
     with progress("loading the model") as update:
-        agent = load_agent(model, device=device, dtype=dtype, progress=update)
+        agent = load_agent(model, device=device, dtype=dtype, progress=update, tools=tools)
+        mount(agent, mcp, update)
         update("looking")
         answer = agent.run(
             question,
@@ -132,16 +212,6 @@ def ask(
             trace=trace,
             temperature=temperature,
         )
-    _tell(answer, trace)
-    if as_json:
-        print_json(answer.to_dict())
-    else:
-        typer.echo(answer.text)
-    if answer.status == "limit":
-        note(
-            "error", f"the run stopped at the limit {answer.limit!r} before its answer was complete"
-        )
-    elif answer.status == "failed":
-        note("error", "the run failed; its trace says where")
-    if answer.status != "answered":
-        raise typer.Exit(RUN_FAILED)
+    if mcp:
+        agent.close()  # and the servers that were started
+    _finish(answer, trace, as_json=as_json)
