@@ -47,6 +47,33 @@ def tools_at(reference: str) -> list[PerceptionTool]:
     return [ToolRegistry().add(getattr(module, each)) for each in names]
 
 
+def tools_named(name: str, installed: ToolRegistry) -> list[PerceptionTool]:
+    """What a person means by ``name``: a reference as for :func:`tools_at`, an installed tool, or
+    all tools that an importable module defines."""
+    if is_reference(name):
+        return tools_at(name)
+    known = any(failed.name == name for failed in installed.failed)
+    if name in installed or known or not _importable(name):
+        return [installed[name]]  # raises for one that did not load, and for no tool at all
+    module = _imported(name)
+    found = _tools_in(module)
+    if not found:
+        raise ToolDefinitionError(
+            "this module defines no tool", where=name, fix=f"name one: {name}:NAME"
+        )
+    return [ToolRegistry().add(getattr(module, each)) for each in found]
+
+
+def _importable(name: str) -> bool:
+    """Whether there is such a module; its parents are imported to find out."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _tools_in(module: ModuleType) -> list[str]:
     """Names under which a module defines tools (not those that it imports)."""
     found = []

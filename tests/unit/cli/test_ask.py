@@ -226,3 +226,66 @@ def test_a_checkpoint_that_is_not_there_exits_2(picture: str, tmp_path: Path) ->
     assert result.exit_code == 2
     assert "error: " in result.stderr
     assert str(tmp_path / "nowhere") in result.stderr
+
+
+TOOL = """
+from PIL import ImageOps
+from vpt_agent import ToolContext, ToolOutput, perception_tool
+from vpt_agent.tool import GridBoxes
+from vpt_tools.crop_region import crop_region as ours
+
+@perception_tool(name="crop_region", version=3)
+def crop_inverted(context: ToolContext, region: GridBoxes, source: str | None = None) -> ToolOutput:
+    '''Look closer, at the negative.'''
+    crops = ours(context, region=region)
+    views = [context.redrawn(view, ImageOps.invert(view.image)) for view in crops]
+    return ToolOutput(views=views, metadata={"negative": True})
+"""
+
+
+def test_tools_are_mounted_by_name_file_or_module(
+    agent: FakeAgent, picture: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "negative.py"
+    file.write_text(TOOL)
+    result = run(picture, "What?", "--tool", str(file), "--tool", "measure")
+    assert result.exit_code == 0, result.stderr
+    assert [t.full_name for t in agent.loaded["tools"]] == ["crop_region@3", "measure@1"]
+    run(picture, "What?")
+    assert agent.loaded["tools"] == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("nowhere.py", "error: there is no such file of tools; got: nowhere.py"),
+        (
+            "no_such_tool",
+            "error: there is no such tool; got: no_such_tool; expected: compare_views",
+        ),
+        ("json", "error: this module defines no tool; where: json"),
+        ("segment", "error: segment has no SAM checkpoint"),
+    ],
+)
+def test_a_tool_that_cannot_be_mounted_exits_2_before_anything_is_loaded(
+    agent: FakeAgent, picture: str, tool: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VPT_SAM_CHECKPOINT", raising=False)
+    result = run(picture, "What?", "--tool", tool)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message)
+    assert agent.loaded == {}
+
+
+def test_the_model_that_ships_calls_a_mounted_tool(tmp_path: Path) -> None:
+    """With the real loader: a newer version of the tool that it was trained with."""
+    from vpt_agent.nano.scene import make_scene
+
+    file, picture, trace = tmp_path / "negative.py", tmp_path / "scene.png", tmp_path / "run"
+    file.write_text(TOOL)
+    make_scene(7).image.save(picture)
+    words = [str(picture), "What is written on the red tag?", "--tool", str(file)]
+    result = run(*words, "--tool-choice", "crop_region", "--trace", str(trace), "--device", "cpu")
+    assert "call: crop_region" in result.stderr
+    events = (trace / "events.jsonl").read_text(encoding="utf-8")
+    assert '"negative": true' in events or '"negative":true' in events

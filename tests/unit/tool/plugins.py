@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vpt_agent.errors import CheckpointError, VPTError
 from vpt_agent.tool import PerceptionTool, ToolContext, perception_tool
 
 
@@ -45,3 +46,21 @@ def plain(n: int) -> str:
 
 
 not_a_tool = 7
+
+
+class Lacking(PerceptionTool):
+    """A tool that works once it is given a checkpoint."""
+
+    name = "lacking"
+
+    def __init__(self, checkpoint: str = "") -> None:
+        self.checkpoint = checkpoint
+
+    def lacks(self) -> VPTError | None:
+        return None if self.checkpoint else CheckpointError("it has no checkpoint", fix="give one")
+
+    def run(self, arguments: object, context: object) -> str:
+        return self.checkpoint
+
+
+lacking = Lacking()

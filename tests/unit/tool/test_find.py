@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from vpt_agent.errors import ToolDefinitionError, UserError
-from vpt_agent.tool.find import is_reference, tools_at
+from vpt_agent.tool import ToolRegistry
+from vpt_agent.tool.find import is_reference, tools_at, tools_named
+from vpt_agent.tool.registry import FailedTool
 
 HERE = "tests.unit.tool.plugins"
 FILE = """
@@ -93,3 +95,26 @@ def test_what_cannot_be_found_is_told(file: Path, text: str, reference: str, mes
     with pytest.raises((UserError, ToolDefinitionError), match=message):
         tools_at(reference.format(file))
     assert "tools_in_words" not in sys.modules or text == FILE or not text
+
+
+def test_a_person_names_a_file_an_installed_tool_or_a_module(file: Path) -> None:
+    installed = ToolRegistry([tools_at(f"{file}:crop_region")[0]])
+    assert [t.name for t in tools_named(str(file), installed)] == ["say", "shout"]
+    assert tools_named("crop_region", installed) == [installed["crop_region"]]
+    assert tools_named("crop_region@1", installed) == [installed["crop_region"]]
+    assert "good" in [t.name for t in tools_named(HERE, installed)]
+
+
+def test_names_of_nothing() -> None:
+    broken = ToolRegistry()
+    broken.failed = (FailedTool("json", "its owner", "KeyError: 1", ""),)
+    with pytest.raises(UserError, match="there is no such tool; got: not_there; expected: none"):
+        tools_named("not_there", ToolRegistry())
+    with pytest.raises(UserError, match=r"there is no such tool; got: no\.such\.thing"):
+        tools_named("no.such.thing", ToolRegistry())
+    with pytest.raises(UserError, match="there is no such tool; got: a b"):
+        tools_named("a b", ToolRegistry())
+    with pytest.raises(ToolDefinitionError, match="installed but did not load; where: its owner"):
+        tools_named("json", broken)
+    with pytest.raises(ToolDefinitionError, match="module defines no tool; where: json"):
+        tools_named("json", ToolRegistry())

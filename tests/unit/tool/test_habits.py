@@ -10,12 +10,15 @@ from pydantic import Field
 
 from vpt_agent.errors import UserError
 from vpt_agent.tool import (
+    BoxFrame,
     GridBox,
     Norm1000Box,
     Norm1000Boxes,
     PerceptionTool,
     PixelBox,
     PixelBoxes,
+    PixelPoint,
+    PixelPoints,
     perception_tool,
 )
 from vpt_agent.tool.habits import (
@@ -135,3 +138,63 @@ def test_unknown_frames_are_refused() -> None:
     assert check_coordinates("shown") == "shown"
     with pytest.raises(UserError, match=r"unknown frame.*'metres'.*norm1000, shown, view"):
         check_coordinates("metres")
+
+
+Other = Annotated[PixelBox, BoxFrame("view", source="second")]
+
+
+@perception_tool
+def places(
+    at: PixelPoint,
+    many: PixelPoints | None = None,
+    there: Other | None = None,
+    second: str | None = None,
+    source: str | None = None,
+) -> str:
+    """Take points, and a box on another picture."""
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("habit", "written"), [("norm1000", [100, 250]), ("shown", [30, 50]), ("view", [60, 100])]
+)
+def test_points_are_converted_as_boxes_are(
+    view: View, habit: Coordinates, written: list[int]
+) -> None:
+    given: dict[str, Any] = {"at": written, "many": [written, written]}
+    new, notes = converted(places, given, Habit(habit), view, SHOWN)
+    assert new["at"] == [60, 100]
+    assert new["many"] == [[60, 100]] * 2
+    assert len(notes) == (0 if habit == "view" else 2)
+    strange: dict[str, Any] = {"at": [1, 2, 3, 4], "many": "x"}
+    assert converted(places, strange, Habit(habit), view, SHOWN)[0] == strange
+
+
+def test_points_are_told_in_the_model_s_frame() -> None:
+    schema = schema_for(places, Habit("norm1000"))["properties"]
+    assert schema["at"]["description"] == "[x, y], each 0 to 1000 of the picture's width or height"
+    assert schema["at"]["items"] == {"type": "integer", "minimum": 0, "maximum": 1000}
+    many = str(schema["many"])
+    assert "a list of points, each [x, y], each 0 to 1000" in many
+    assert "pixels" not in many
+    assert "as you see it" in str(schema_for(places, Habit("shown"))["properties"]["at"])
+
+
+def test_a_box_can_lie_on_another_view(view: View) -> None:
+    """Its size counts there, not that of the source view."""
+    small = View("w", Image.new("RGB", (100, 50)), "w", Box(0, 0, 100, 50), (100, 50))
+    seen: dict[str, tuple[View | None, tuple[int, int] | None]] = {"w": (small, (100, 50))}
+    box = [0, 0, 500, 1000]
+    given: dict[str, Any] = {"there": box, "second": "w", "at": [500, 500]}
+
+    def look(name: str) -> tuple[View | None, tuple[int, int] | None]:
+        return seen.get(name, (None, None))
+
+    new, notes = converted(places, given, Habit("norm1000"), view, SHOWN, look=look)
+    assert new["there"] == [0, 0, 50, 50]
+    assert new["at"] == [300, 200]
+    assert notes[1].endswith("0 to 1000 of w")
+    plain = converted(places, {"there": box}, Habit("norm1000"), view, SHOWN, look=look)[0]
+    assert plain["there"] == [0, 0, 300, 400]
+    unknown = converted(places, {**given, "second": "?"}, Habit("norm1000"), view, SHOWN, look=look)
+    assert unknown[0]["there"] == box

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
-from vpt_agent.errors import ToolDefinitionError, UserError
+from vpt_agent.errors import CheckpointError, MissingExtraError, ToolDefinitionError, UserError
 from vpt_agent.tool import PerceptionTool, ToolRegistry, registry
 from vpt_agent.types import CallError
 
@@ -150,3 +150,66 @@ def test_two_packages_with_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch
         ToolDefinitionError, match=r"good \(.*\) and .*rival \(an unnamed package\)"
     ):
         ToolRegistry.from_entry_points()
+
+
+def test_what_lacks_something_is_left_out_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries(monkeypatch, good=f"{HERE}:good", lacking=f"{HERE}:lacking")
+    assert [t.name for t in ToolRegistry.from_entry_points()] == ["good", "lacking"]
+    tools = ToolRegistry.from_entry_points(usable=True)
+    assert [t.name for t in tools] == ["good"]
+    with pytest.raises(
+        ToolDefinitionError,
+        match=r"installed but cannot be used yet; .*got: it has no checkpoint; do: give one",
+    ):
+        tools["lacking"]
+    told = tools.get("lacking")
+    assert isinstance(told, CallError)
+    assert told.message == "the tool lacking is installed but cannot be used yet"
+
+
+def test_an_extra_that_is_missing_leaves_a_tool_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries(monkeypatch, good=f"{HERE}:good", plain=f"{HERE}:plain")
+    error = MissingExtraError("its extra is not installed")
+    monkeypatch.setattr(
+        registry, "lacking", lambda tool, package: error if tool.name == "good" else None
+    )
+    tools = ToolRegistry.from_entry_points(usable=True)
+    assert [t.name for t in tools] == ["plain"]
+    assert tools.failed[0].fix == "see `vpt-agent tools doctor`"
+
+
+def test_given_tools_stand_beside_the_installed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries(monkeypatch, good=f"{HERE}:good", lacking=f"{HERE}:lacking")
+    with pytest.raises(CheckpointError, match="it has no checkpoint"):
+        ToolRegistry.with_installed([plugins.Lacking])
+    whole, other = plugins.Lacking("a.pt"), plugins.Lacking("b.pt")
+    tools = ToolRegistry.with_installed([whole, whole])
+    assert tools["lacking"] is whole
+    assert tools.failed == ()
+    assert tools.given == (whole,)
+    with pytest.raises(ToolDefinitionError, match="two tools are called lacking@1"):
+        ToolRegistry.with_installed([whole, other])
+    # Another checkpoint for the same class, though the installed one lacks nothing.
+    monkeypatch.setattr(plugins.lacking, "checkpoint", "installed.pt")
+    assert ToolRegistry.from_entry_points(usable=True)["lacking"] is plugins.lacking
+    assert ToolRegistry.with_installed([other])["lacking"] is other
+    # A stranger's tool of an installed one's name stays an error.
+    with pytest.raises(ToolDefinitionError, match="two tools are called good@1"):
+        ToolRegistry.with_installed([plugins.rival])
+    assert ToolRegistry.with_installed([plugins.good])["good"] is plugins.good
+
+
+def test_a_newer_version_can_take_the_calls_of_an_older_one() -> None:
+    class Newer(plugins.Lacking):
+        name = "thing"
+        version = 3
+        takes_calls_of = {"thing@1": "ab" * 32, "thing@2": "cd" * 32}  # noqa: RUF012
+
+    tools = ToolRegistry([Newer])
+    assert tools["thing@1"] is tools["thing@3"] is tools["thing"]
+    assert "thing@4" not in tools
+    assert tools.contracts() == {
+        "thing@1": "ab" * 32,
+        "thing@2": "cd" * 32,
+        "thing@3": tools["thing"].contract_hash,
+    }
