@@ -174,12 +174,13 @@ class Usage:
     """What one run cost. Tokens of the prompt count once: nothing is computed twice.
 
     ``forward_tokens`` is the number of positions the language model computed and
-    ``forward_calls`` how often it ran; ``encoder_calls`` counts pictures pushed through a vision
+    ``forward_calls`` how often it ran; ``cached_tokens`` were not computed, since a run beside
+    this one had them; ``encoder_calls`` counts pictures pushed through a vision
     encoder; ``reused_features`` counts pictures whose features were at hand already.
 
     A model on another machine is sent the conversation again with every request, so there
-    ``prompt_tokens`` adds up over ``requests``; ``cached_tokens`` are those of them that it had at
-    hand. ``cost`` is in the currency of its prices, as far as they are known.
+    ``prompt_tokens`` adds up over ``requests``, and ``cached_tokens`` are those of them that it
+    had at hand. ``cost`` is in the currency of its prices, as far as they are known.
     """
 
     prompt_tokens: int = 0

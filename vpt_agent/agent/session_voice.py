@@ -198,7 +198,10 @@ class SessionVoice:
 
     def _feed(self, parts: list[Part]) -> Generator[Any, Any, None]:
         tail: list[Part] = [Tokens(tuple(self.talk.tail))] if self.talk.tail else []
-        before = self.session.forward_tokens, self.session.forward_calls
+        before = self._spent()
+        # Said beforehand, so that the engine can leave room for it.
+        length = len(self.session) + sum(len(s.ids) for s in spans_of([*tail, *parts]))
+        self.session.expected = min(length + self.request.limits.new_tokens, self.longest())
         fed = yield from self.session.feed([*tail, *parts])
         self.talk.tail = []
         self._count(before)
@@ -206,9 +209,15 @@ class SessionVoice:
         assert logits is not None
         self._logits = logits[-1]
 
-    def _count(self, before: tuple[int, int]) -> None:
-        self.recorder.usage.forward_tokens += self.session.forward_tokens - before[0]
-        self.recorder.usage.forward_calls += self.session.forward_calls - before[1]
+    def _spent(self) -> tuple[int, int, int]:
+        session = self.session
+        return session.forward_tokens, session.forward_calls, session.shared_tokens
+
+    def _count(self, before: tuple[int, int, int]) -> None:
+        tokens, calls, shared = self._spent()
+        self.recorder.usage.forward_tokens += tokens - before[0]
+        self.recorder.usage.forward_calls += calls - before[1]
+        self.recorder.usage.cached_tokens += shared - before[2]
 
     def _parts(
         self,
@@ -240,7 +249,7 @@ class SessionVoice:
     def reply(self, allowed: Allowed) -> Steps[Reply]:
         """Decode a turn, or its part up to an inline call."""
         began = time.perf_counter()
-        before = self.session.forward_tokens, self.session.forward_calls
+        before = self._spent()
         assert self._logits is not None
         rules = self.surface.rules(allowed, self.on_token, self.room())
         turn = yield from decode_turn(self.session, self._logits, self.sampler, rules)

@@ -44,9 +44,9 @@ class _Forward:
     """Where the tokens of the forward in progress go, and what its attention sees.
 
     ``real`` [T] are the flat indices of the real tokens in the padded block [B * L]; None: all
-    are. ``slots`` [T] is where they are written, a slice where they are neighbours. ``seen`` [B * S]
-    are the slots that attention reads, a slice for one row in neighbouring blocks, or None where it
-    sees the new tokens only.
+    are. ``slots`` [T] is where they are written, a slice where they are neighbours. ``seen``
+    [B * S] are the slots that attention reads, a slice for one row in neighbouring blocks, or None
+    where it sees the new tokens only.
     """
 
     real: Tensor | None

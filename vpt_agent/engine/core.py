@@ -212,14 +212,15 @@ class Engine:
         embeds, positions = self._inputs(blocks, counts, width)
         mask = self.cache.begin(rows, counts)
         hidden = self.model.run_language_model(embeds, positions, mask, self.cache)  # [B, L, D]
-        states = [hidden[b, p.outputs : n] for b, (p, n) in enumerate(zip(pieces, counts))]
+        pairs = list(zip(pieces, counts, strict=True))
+        states = [hidden[b, p.outputs : n] for b, (p, n) in enumerate(pairs)]
         logits = self._logits(pieces, states)
         self.cache.commit(rows, counts)
         count = self.counters
         count.forwards += 1
         count.tokens += sum(counts)
         count.padded_tokens += width * len(pieces)
-        count.repeated_tokens += sum(min(p.outputs, n) for p, n in zip(pieces, counts))
+        count.repeated_tokens += sum(min(p.outputs, n) for p, n in pairs)
         count.rows_per_forward.append(len(pieces))
         return [
             (piece.entry, self._taken(piece, state, part))

@@ -117,6 +117,12 @@ class Session:
         if length == len(self.ids):
             return
         self.check_open()
+        if not 0 <= length <= len(self.ids):
+            raise UserError(
+                "cannot truncate a session to a length it never had",
+                got=length,
+                expected=f"0 to {len(self.ids)}",
+            )
         with self.engine.lock:
             cache = self.engine.cache
             # Less may be there: other runs may have needed the room.

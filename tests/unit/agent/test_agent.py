@@ -402,6 +402,6 @@ def test_a_question_longer_than_the_model_is_refused(image: Image.Image) -> None
 
 def test_no_room_in_the_cache_is_a_clear_error(image: Image.Image) -> None:
     agent = PerceptionAgent.from_script(["Yes."])
-    agent.engine.cache.max_tokens = 300
+    agent.engine.cache.blocks.limit = 300 // agent.engine.cache.block
     with pytest.raises(UserError, match="the KV cache budget is used up"):
         agent.run("why? " * 100)

@@ -143,7 +143,7 @@ def test_rows_of_the_cache_come_back_whatever_happens(image: Image.Image) -> Non
 
     def used() -> int:
         gc.collect()
-        return cache.rows - len(cache._free)
+        return cache.used_rows
 
     agent.run("q?", image=image)
     stream = agent.run_stream("q?", image=image)
