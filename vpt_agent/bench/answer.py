@@ -128,9 +128,9 @@ class Ours:
         opened = clock.now() - began
         trace = Trace()
         trace.subscribe(split.hear)
-        total = opened + timed(
-            lambda: self.run(agent, views[0].image, trace), model.device
-        ).by(clock.timer)
+        total = opened + timed(lambda: self.run(agent, views[0].image, trace), model.device).by(
+            clock.timer
+        )
         agent.close()
         return total, split, split.parts(total)
 
@@ -168,8 +168,7 @@ class Published:
         (view,) = load_views([self.data])
         if not crop or self.crop is None:
             return view
-        box = tuple(int(side) for side in self.crop.box)
-        return replace(self.crop, image=view.image.crop(box))
+        return replace(self.crop, image=view.image.crop(tuple(self.crop.box)))
 
     def _base(self, procedure: PublishedProcedure, crops: list[bool]) -> tuple[Any, Any]:
         """Patches and grids; each picture is opened and cut twice, as published: once to count its
@@ -343,7 +342,8 @@ def _tower(ours: Loaded, kind: str) -> Work:
     """An encoder of its own: its weights at every position, its attention left out."""
     module = ours.model.encoder(kind)
     row = ours.model.table[kind].kind
-    assert module is not None and row.input_size is not None
+    assert module is not None
+    assert row.input_size is not None
     weights = sum(p.numel() for p in module.parameters())
     patch = next(m for m in module.modules() if isinstance(m, torch.nn.Conv2d)).kernel_size[0]
     positions = (row.input_size // int(patch)) ** 2

@@ -50,13 +50,13 @@ class Costs:
     def of(cls, model: VPTForConditionalGeneration) -> Costs:
         """Read from a model."""
         text = model.config.get_text_config()
-        vision = model.visual
+        vision: Any = model.visual
+        embeddings: Any = model.get_input_embeddings()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         total, merger = _weights(vision), _weights(vision.merger)
         blocks = vision.blocks
-        assert isinstance(blocks, nn.ModuleList)
         return cls(
-            layers=_weights(model.model) - model.get_input_embeddings().weight.numel(),
+            layers=_weights(model.model) - embeddings.weight.numel(),
             head=model.lm_head.weight.numel(),
             depth=text.num_hidden_layers,
             width=text.num_attention_heads * head_dim,

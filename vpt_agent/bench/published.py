@@ -12,7 +12,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -87,7 +87,9 @@ class PublishedProcedure:
         for step in range(new_tokens):
             done.logits.append(logits)
             if banned:
-                logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), -torch.inf)
+                logits = logits.index_fill(
+                    0, torch.tensor(banned, device=logits.device), -torch.inf
+                )
             row.say((forced or {}).get(step, int(logits.argmax())))
             if done.ids[-1] in stop or step + 1 == new_tokens:
                 break
@@ -116,7 +118,7 @@ class _Row:
     def prefill(self) -> Tensor:
         """Logits [vocab] behind the prompt."""
         ids = torch.tensor([self.prompt.ids], device=self.device)  # [1, L]
-        grids = [] if self.prompt.grids is None else self.prompt.grids
+        grids: Any = [] if self.prompt.grids is None else self.prompt.grids
         positions = self.model.rope_positions(ids[0].cpu(), grids)[:, None].to(self.device)
         with self.owner.timed("vision"):
             pictures = self._pictures()
@@ -203,7 +205,7 @@ class _Row:
         A control state is the first pass's ``hidden`` [1, n, D] in front of its token.
         """
         for token, row in self.owner.controls.items():
-            places = (ids[0] == token).nonzero().flatten()
+            places = ids[0].eq(token).nonzero().flatten()
             if not len(places):
                 continue
             if int(places[0]) == 0:

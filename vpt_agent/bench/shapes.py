@@ -63,13 +63,19 @@ FORTY_M = (
 )
 """About 40 M parameters: the shape of the aims for one answer."""
 
+THREE_HUNDRED_M = (
+    TextShape(1024, 20, 16, 4, 4096, 8000, (8, 12, 12)),
+    VisionShape(4, 256, 4),
+)
+"""About 300 M parameters: more than the caches of most processors hold."""
+
 TWO_B = (
     TextShape(1536, 28, 12, 2, 8960, 151936, (16, 24, 24)),
     VisionShape(32, 1280, 16),
 )
 """Qwen2-VL-2B's."""
 
-SHAPES = {"40m": FORTY_M, "2b": TWO_B}
+SHAPES = {"40m": FORTY_M, "300m": THREE_HUNDRED_M, "2b": TWO_B}
 
 
 def random_model(

@@ -40,9 +40,7 @@ def bench_throughput(
         return _bench(loaded, crowd, shape, tell)
 
 
-def _bench(
-    loaded: Loaded, crowd: Crowd, shape: str, tell: Callable[[str], None]
-) -> dict[str, Any]:
+def _bench(loaded: Loaded, crowd: Crowd, shape: str, tell: Callable[[str], None]) -> dict[str, Any]:
     device = loaded.model.device
     machine = describe(device)
     kind = kind_of(loaded.model, crowd.force)
@@ -63,8 +61,7 @@ def _bench(
     def alone() -> None:
         agent.engine.features.clear()
         said["alone"] = [
-            agent.run(q.text, q.image, tool_choice=kind.tool, limits=limits).text
-            for q in questions
+            agent.run(q.text, q.image, tool_choice=kind.tool, limits=limits).text for q in questions
         ]
 
     samples = in_turn(

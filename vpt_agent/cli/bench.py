@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vpt_agent.cli.output import clear_errors, note, print_json, writing
+from vpt_agent.errors import UserError
+
+if TYPE_CHECKING:
+    from vpt_agent.bench.answer import Loaded
 
 app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.")
+
+Out = Annotated[Path | None, typer.Option(help="Write the figures here (JSON).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the CPU.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="DIR", help="A checkpoint; without it, random weights.")
+]
+Shape = Annotated[str, typer.Option(help="Shape of the random weights: 40m, 300m or 2b.")]
+Force = Annotated[str, typer.Option(metavar="KIND", help="The kind that the first turn calls.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 @app.callback()
@@ -20,12 +36,117 @@ def _bench() -> None:
 
 @app.command()
 @clear_errors
+def answer(
+    model: Model = None,
+    shape: Shape = "40m",
+    image: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of the picture.")] = 448,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the second turn.")] = 32,
+    force: Force = "clip",
+    repeats: Annotated[int, typer.Option(min=1, help="Answers of each procedure, in turn.")] = 7,
+    threads: Threads = 1,
+    dtype: Dtype = "float32",
+    baseline_dtype: Annotated[
+        str | None, typer.Option(help="Of the published procedure; without it, the same.")
+    ] = None,
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """One answer in two rounds, beside the published procedure written plainly."""
+    from vpt_agent.bench.answer import Settings, bench_answer
+
+    ours, name = _load(model, shape, force, device, dtype)
+    other = None
+    if baseline_dtype not in (None, dtype):
+        other = _load(model, shape, force, device, str(baseline_dtype))[0]
+    settings = Settings(image, new_tokens, force, repeats, threads)
+    figures = bench_answer(ours, settings, baseline=other, shape=name, tell=_tell)
+    _done(figures, out, as_json, _answer_lines(figures))
+
+
+@app.command()
+@clear_errors
+def throughput(
+    model: Model = None,
+    shape: Shape = "40m",
+    questions: Annotated[int, typer.Option(min=2, help="How many, each with a picture.")] = 16,
+    image: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of a picture.")] = 224,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each second turn.")] = 128,
+    force: Force = "clip",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each way, in turn.")] = 3,
+    threads: Threads = 1,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Many questions together, beside one after another."""
+    from vpt_agent.bench.throughput import Crowd, bench_throughput
+
+    loaded, name = _load(model, shape, force, device, dtype)
+    crowd = Crowd(questions, image, new_tokens, force, repeats, threads)
+    figures = bench_throughput(loaded, crowd, shape=name, tell=_tell)
+    lines = [
+        f"{way}: {_seconds(figures[way], figures['timer'])} for {questions} questions"
+        for way in ("alone", "together")
+    ]
+    lines.append(f"rows in a forward, mean: {figures['together']['rows_per_forward']:.1f}")
+    if not figures["answers_equal"]:
+        lines.append("the answers differ between the two ways")
+    _done(figures, out, as_json, lines)
+
+
+@app.command()
+@clear_errors
+def kernels(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 9,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The operators, beside what they stand in for."""
+    from vpt_agent.bench.kernels import bench_kernels
+
+    figures = bench_kernels(device=_device(device), repeats=repeats, count=threads, tell=_tell)
+    timer = figures["timer"]
+    lines = [
+        f"{row['name']} [{row['kernel']}]: {_seconds(row['ours'], timer)}; {row['against']}: "
+        f"{_seconds(row['baseline'], timer)}; ratio {row['ratio'][timer]['median']:.2f}"
+        for row in figures["kernels"]
+    ]
+    _done(figures, out, as_json, lines)
+
+
+@app.command("import")
+@clear_errors
+def import_(
+    repeats: Annotated[int, typer.Option(min=1, help="Processes of each kind, in turn.")] = 5,
+    answer: Annotated[
+        bool, typer.Option(help="Measure the shipped model's first answer, too.")
+    ] = True,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """How long a cold process takes to begin."""
+    from vpt_agent.bench.start import bench_import
+
+    figures = bench_import(repeats=repeats, answer=answer, tell=_tell)
+    lines = [f"{name}: {_seconds(own, 'cpu')}" for name, own in figures["processes"].items()]
+    lines += [f"cold answer, {name}: {s:.2f} s" for name, s in figures["stages"].items()]
+    if figures["import_loads_torch"]:
+        lines.append("import vpt_agent loads torch, and must not")
+    _done(figures, out, as_json, lines)
+
+
+@app.command()
+@clear_errors
 def train(
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each procedure, in turn.")] = 9,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here (JSON).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    threads: Threads = 1,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """A training step in one pass where one is enough, beside the one with two full passes."""
     from vpt_agent.training.bench import AIM, bench
@@ -33,6 +154,26 @@ def train(
     figures = bench(
         repeats=repeats, rows=rows, threads=threads, say=lambda text: note("bench", text)
     )
+    lines = []
+    for setting in figures["settings"]:
+        met = "" if not setting["counts"] else ", met" if setting["ratio"] >= AIM else ", missed"
+        lines.append(
+            f"{setting['name']}: {setting['two_ms']:.0f} ms in two full passes, "
+            f"{setting['one_ms']:.0f} ms in one, ratio {setting['ratio']:.2f}{met}"
+        )
+    lines.append(f"padding: {figures['padding']:.1%}; {figures['machine']}")
+    _done(figures, out, as_json, lines)
+
+
+# --- what they share ------------------------------------------------------------------------
+
+
+def _tell(text: str) -> None:
+    note("bench", text)
+
+
+def _done(figures: Mapping[str, Any], out: Path | None, as_json: bool, lines: list[str]) -> None:
+    """Write the figures, and print them as JSON or as lines with the aims below."""
     if out is not None:
         with writing(out):
             out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -40,10 +181,72 @@ def train(
     if as_json:
         print_json(figures)
         return
-    for setting in figures["settings"]:
-        met = "" if not setting["counts"] else ", met" if setting["ratio"] >= AIM else ", missed"
-        typer.echo(
-            f"{setting['name']}: {setting['two_ms']:.0f} ms in two full passes, "
-            f"{setting['one_ms']:.0f} ms in one, ratio {setting['ratio']:.2f}{met}"
+    for line in lines:
+        typer.echo(line)
+    for aim in figures.get("aims", ()):
+        bound = "at least" if aim["at_least"] else "at most"
+        met = "met" if aim["met"] else "missed"
+        typer.echo(f"{met}: {aim['aim']}: {aim['figure']:.4g} ({bound} {aim['wanted']:g})")
+
+
+def _seconds(spread: Mapping[str, Any], timer: str) -> str:
+    own = spread[timer]
+    return f"{own['median']:.4g} s ({own['low']:.4g} to {own['high']:.4g})"
+
+
+def _answer_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Both ways in seconds and by part, each part as a share of its limit."""
+    timer, lines = figures["timer"], []
+    for way in ("published", "ours"):
+        own = figures[way]
+        parts = ", ".join(f"{name} {1000 * s:.1f}" for name, s in own["parts"].items())
+        lines.append(
+            f"{way}: {_seconds(own, timer)}, {own['passes']} passes over {own['tokens']} tokens; "
+            f"in ms: {parts}"
         )
-    typer.echo(f"padding: {figures['padding']:.1%}; {figures['machine']}")
+    shares = ", ".join(f"{name} {s:.0%}" for name, s in figures["limits"]["share"].items())
+    lines.append(f"limit / time: {shares}, all {figures['limits']['share_of_all']:.0%}")
+    if not figures["tokens_equal"]:
+        lines.append("the two ways said different tokens")
+    return lines
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise UserError("unknown device", got=name, expected="cpu, cuda, cuda:0 ...") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine, or this build of torch, has no CUDA device", got=name)
+    return place
+
+
+def _load(model: str | None, shape: str, force: str, device: str, dtype: str) -> tuple[Loaded, str]:
+    """The model to measure, and what it is called."""
+    import torch
+
+    from vpt_agent.bench.answer import Loaded
+    from vpt_agent.bench.shapes import SHAPES, load_model, random_model
+    from vpt_agent.model.checkpoint import find_checkpoint
+
+    kinds = ("float32", "bfloat16", "float16")
+    if dtype not in kinds:
+        raise UserError("unknown dtype", got=dtype, expected=", ".join(kinds))
+    place, kind = _device(device), getattr(torch, dtype)
+    if model is not None:
+        path = find_checkpoint(model)
+        return Loaded(*load_model(path, device=place, dtype=kind)), Path(model).name
+    if shape not in SHAPES:
+        raise UserError("unknown shape", got=shape, expected=", ".join(SHAPES))
+    encoders = ("clip",) if force == "region" else (force,)
+    if not set(encoders) <= {"clip", "dino", "sam"}:
+        raise UserError(
+            "random weights have no such perception kind",
+            where="--force",
+            got=force,
+            expected="region, clip, dino, sam",
+        )
+    made = random_model(*SHAPES[shape], encoders=encoders, device=place, dtype=kind)
+    return Loaded(*made), f"{shape}, random weights"

@@ -80,10 +80,10 @@ class DirectDecoder:
 
     @classmethod
     def of(cls, text: Any) -> DirectDecoder | None:
-        """The layers of a language model of transformers; None if they are not of the known kind."""
+        """The layers of a language model of transformers; None if it is not of the known kind."""
         config = text.config
         rope = getattr(config, "rope_parameters", None) or {}
-        sections = rope.get("mrope_section")
+        sections: list[int] = rope.get("mrope_section") or []
         plain = getattr(config, "hidden_act", None) == "silu" and sections
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         attention = getattr(config, "_attn_implementation", None)
@@ -94,7 +94,9 @@ class DirectDecoder:
             return None
         watched: list[tuple[Mapping[str, Any], str, nn.Module]] = []
         layers = tuple(_layer(layer, watched) for layer in text.layers)
-        watched += [(text.layers._modules, name, layer) for name, layer in text.layers.named_children()]
+        watched += [
+            (text.layers._modules, name, layer) for name, layer in text.layers.named_children()
+        ]
         watched += [(text._modules, "norm", text.norm), ({"": text}, "", text)]
         return cls(
             text=text,
@@ -200,7 +202,7 @@ class DirectDecoder:
 
 
 def _plain_products(layers: Any) -> bool:
-    """Whether every product is torch's own linear layer (an adapter's or a quantised one is not)."""
+    """Whether every product is torch's own linear layer: no adapter's, no quantised one."""
     return all(
         type(owner._modules.get(name)) is nn.Linear
         for layer in layers

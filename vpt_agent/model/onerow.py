@@ -73,4 +73,3 @@ def _product(
     if out is None:
         return torch.addmv(bias, weight, row, alpha=scale)
     return torch.addmv(bias, weight, row, alpha=scale, out=out)
-
