@@ -171,11 +171,11 @@ class Engine:
                 idle=lambda: self._idle(everyone),
                 longest=self.max_positions,
             )
-            pieces = planner.pieces(feeding, everyone)
-            done: list[Outcome] = [*planner.refused]
-            for group in _groups(pieces):
-                done += self._together(group)
-            return done
+            done: list[Outcome] = []
+            for pieces in planner.waves(feeding, everyone):
+                for group in _groups(pieces):
+                    done += self._together(group)
+            return done + planner.refused
 
     def _idle(self, everyone: Sequence[Live]) -> list[Session]:
         """Sessions that no run is using, the one that was used longest ago first."""

@@ -8,7 +8,7 @@ is room again. Beginnings that other rows hold are not computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,31 +63,50 @@ class Planner:
     ) -> None:
         self.cache, self.measures, self.longest, self.idle = cache, measures, longest, idle
         self.refused: list[tuple[Live, UserError]] = []
+        self._budget = 0
+        self._safe: set[int] = set()  # rows that this step computes
 
-    def pieces(self, feeding: Sequence[Live], everyone: Sequence[Live]) -> list[Piece]:
-        """What of ``feeding`` (runs that ask for tokens) is computed now, the oldest run first;
-        ``everyone`` are all live runs."""
+    def waves(
+        self, feeding: Sequence[Live], everyone: Sequence[Live]
+    ) -> Generator[list[Piece], None, None]:
+        """What this step computes of ``feeding`` (runs that ask for tokens, the oldest first);
+        ``everyone`` are all live runs. One wave must be computed before the next one is asked for:
+        it holds beginnings that the next one shares."""
         asking = [e for e in feeding if self._checked(e)]
         decoding = any(e.left() <= FEW for e in asking)
-        budget = self.measures.chunk if decoding else self.measures.most
+        self._budget = self.measures.chunk if decoding else self.measures.most
+        while asking:
+            pieces, asking = self._wave(asking, everyone)
+            if pieces:
+                yield pieces
+
+    def _wave(
+        self, asking: Sequence[Live], everyone: Sequence[Live]
+    ) -> tuple[list[Piece], list[Live]]:
+        """What is computed now, and the runs that wait for a beginning among that."""
         chosen: list[Piece] = []
+        later: list[Live] = []
         full = False  # a run that waits for room lets no younger one pass
         for entry in asking:
             entry.prepare(self.cache)  # again: an older run may have taken its blocks meanwhile
             long = entry.left() > FEW
-            if long and (budget <= 0 or self._will_be_shared(entry, chosen)):
+            if long and self._budget <= 0:
+                continue
+            if long and self._will_be_shared(entry, chosen):
+                later.append(entry)
                 continue
             if not entry.holds():
                 full = full or not self._admitted(entry, everyone)
                 if full:
                     continue
                 self._begin_shared(entry)
-            count = min(entry.left(), budget) if long else entry.left()
-            if not self._make_room(entry, count, chosen, everyone):
+            count = min(entry.left(), self._budget) if long else entry.left()
+            if not self._make_room(entry, count, everyone):
                 continue
-            budget -= count if long else 0
+            self._budget -= count if long else 0
+            self._safe.add(entry.row())
             chosen.append(self._piece(entry, count))
-        return chosen
+        return chosen, later
 
     def _checked(self, entry: Live) -> bool:
         """Whether the feed of ``entry`` can be computed at all; a new one is made ready."""
@@ -173,15 +192,13 @@ class Planner:
         wanted = cache.count(entry.expected()) - shared
         return cache.free + idle - promised >= wanted
 
-    def _make_room(
-        self, entry: Live, count: int, chosen: Sequence[Piece], everyone: Sequence[Live]
-    ) -> bool:
+    def _make_room(self, entry: Live, count: int, everyone: Sequence[Live]) -> bool:
         """Whether ``count`` tokens of ``entry`` fit now; takes blocks from others if they must."""
         cache, row = self.cache, entry.feed.session.row
         if cache.needed(row, count) <= cache.free:
             cache.reserve(row, count)
             return True
-        safe = {piece.session.row for piece in chosen} | {row}
+        safe = self._safe | {row}
         younger = [e for e in everyone if e.number > entry.number]
         resting = [e for e in everyone if e.number < entry.number and not e.feeds()]
         for victim in (
