@@ -1,0 +1,102 @@
+"""What the measurements share: order, medians, nested clocks, the machine."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from vpt_agent.bench.clock import Clock
+from vpt_agent.bench.kernels import bench_kernels
+from vpt_agent.bench.machine import describe, measure_rates, threads
+from vpt_agent.bench.start import bench_import
+from vpt_agent.bench.throughput import Crowd, bench_throughput
+from vpt_agent.bench.timing import Sample, Spread, in_turn, ratios, spreads, timer_for
+from vpt_agent.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_procedures_go_in_turn_and_the_first_rounds_do_not_count() -> None:
+    order: list[str] = []
+    found = in_turn(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, warmup=1
+    )
+    assert order in (list("abbaab"), list("baabba"))
+    assert {name: len(own) for name, own in found.items()} == {"a": 2, "b": 2}
+    with pytest.raises(UserError, match=r"needs a repeat.*got: 0"):
+        in_turn({}, repeats=0)
+
+
+def test_medians_and_ratios_pair_by_pair() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
+    with pytest.raises(UserError, match="nothing to take a median of"):
+        Spread.of([])
+    slow = [Sample(4.0, 2.0), Sample(9.0, 3.0)]
+    fast = [Sample(2.0, 1.0), Sample(3.0, 1.0)]
+    found = ratios(slow, fast)
+    assert (found["wall"]["median"], found["cpu"]["high"]) == (2.5, 3.0)
+    assert spreads(slow)["cpu"]["low"] == 2.0
+    assert (slow[0].by("wall"), slow[0].by("cpu")) == (4.0, 2.0)
+
+
+def test_one_thread_of_a_cpu_is_measured_in_cpu_time() -> None:
+    with threads(1):
+        assert timer_for(CPU) == "cpu"
+        with threads(2):
+            assert torch.get_num_threads() == 2
+            assert timer_for(CPU) == "wall"
+        assert torch.get_num_threads() == 1
+    assert timer_for(torch.device("cuda")) == "wall"
+
+
+def test_what_is_measured_inside_is_taken_out() -> None:
+    clock = Clock()
+    with clock.measure("outer"):
+        time.sleep(0.01)
+        with clock.measure("inner"):
+            time.sleep(0.03)
+    assert clock.seconds["inner"] >= 0.03
+    assert 0.01 <= clock.seconds["outer"] < 0.03
+    with pytest.raises(KeyError), clock.measure("outer"):
+        raise KeyError
+    clock.add("outer", 1.0)
+    assert clock.seconds["outer"] > 1.0
+
+
+def test_the_machine_and_its_rates() -> None:
+    machine = describe(CPU).to_dict()
+    assert machine["device"] == "cpu"
+    assert machine["torch"] == torch.__version__
+    rates = measure_rates(torch.float32, CPU, repeats=1, stream=2**24)
+    assert rates.dtype == "float32"
+    assert rates.bytes_per_second > 1e8
+    assert rates.flops_per_second > rates.bytes_per_second / 4
+
+
+def test_kernels_give_a_ratio_each() -> None:
+    found = bench_kernels(device=CPU, repeats=1)
+    assert len(found["kernels"]) == 4
+    assert [len(row["ratio"]["cpu"]) for row in found["kernels"]] == [4] * 4
+    assert all(row["kernel"].startswith("vpt::") for row in found["kernels"])
+    assert len(found["aims"]) == 2
+
+
+def test_a_crowd_is_answered_as_one_by_one() -> None:
+    from vpt_agent.bench.answer import Loaded
+    from vpt_agent.model.testing import tiny_model
+
+    crowd = Crowd(questions=3, image=56, new_tokens=4, repeats=1)
+    found = bench_throughput(Loaded(*tiny_model(("clip",))), crowd)
+    assert found["answers_equal"]
+    assert found["together"]["rows_per_forward"] > 1
+    assert 0 < found["limits"]["share"] < 1
+
+
+def test_imports_are_measured_in_processes_of_their_own() -> None:
+    found = bench_import(repeats=1, answer=False)
+    assert not found["import_loads_torch"]
+    assert set(found["processes"]) == {"nothing", "import", "help"}
+    assert [aim["wanted"] for aim in found["aims"]] == [0.15, 0.4]
+    assert all(aim["figure"] > 0 for aim in found["aims"][1:])
