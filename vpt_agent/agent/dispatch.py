@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ class Dispatcher:
 
         seed = 0 if scope.seed is None else scope.seed
         return ToolContext(
-            views=scope.views,
+            views=MappingProxyType(scope.views),  # to look at, not to change
             view=scope.view(None),
             control=call.control,
             kind=None if call.kind is None else table[call.kind].kind,

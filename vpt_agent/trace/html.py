@@ -31,6 +31,7 @@ from vpt_agent.trace.show import (
     arguments_text,
     box_text,
     counts_text,
+    handling_texts,
     request_text,
     tokens_text,
     usage_text,
@@ -67,7 +68,7 @@ border: 1px solid var(--line) }
 .says { font-family: ui-monospace, monospace; font-size: .9rem; white-space: pre-wrap;
 overflow-wrap: anywhere } .says span { border-radius: 3px; padding: 0 .15em }
 .given { background: #8883 } .sampled { background: #2a9d5540 } .forced { background: #e0a80055 }
-.visual { background: #3b82f650 } .error { color: #d23b2b }
+.visual { background: #3b82f650 } .error { color: #d23b2b } .handled { color: #b36b00 }
 table { border-collapse: collapse; font-size: .85rem } td { padding: .1rem .6rem .1rem 0 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; background: var(--soft);
 padding: .5rem; border-radius: 4px; margin: .25rem 0 }
@@ -234,7 +235,10 @@ def _event(event: Event) -> str:
 
 
 def _finished(event: ToolFinished) -> str:
-    parts = [_error(event.error, event.call_id)] if event.error is not None else []
+    notes = (f"{event.call_id} {text}" for text in handling_texts(event))
+    parts = [f'<div class="handled">{escape(note)}</div>' for note in notes]
+    if event.error is not None:
+        parts.append(_error(event.error, event.call_id))
     if event.text:
         parts.append(f"<pre>{escape(event.text)}</pre>")
     facts = [f"{event.call_id}: {', '.join(v.id for v in event.views) or 'no view'}"]

@@ -142,6 +142,19 @@ def error_text(error: ErrorInfo) -> str:
     return f"{error.kind}: {visible(error.message)}"
 
 
+def handling_texts(event: ToolFinished) -> list[str]:
+    """What became of a call on its way: what was mended to read it, of which call it is a repeat,
+    whether its thread was left behind. The model was told none of it."""
+    told = event.metadata
+    repairs = told.get("repairs")
+    lines = [f"mended: {visible(str(x))}" for x in repairs] if isinstance(repairs, list) else []
+    if isinstance(told.get("repeats"), str):
+        lines.append(f"repeats {visible(str(told['repeats']))}, so it was answered without running")
+    if told.get("abandoned") is True:
+        lines.append("its thread did not stop and was left behind")
+    return lines
+
+
 class _Page:
     def __init__(self, out: Text, trace: Trace) -> None:
         self.out, self.trace, self.turn = out, trace, 0
@@ -205,6 +218,8 @@ class _Page:
 
     def finished(self, event: ToolFinished) -> None:
         note = f"{event.call_id}, {event.seconds:.2f} s"
+        for text in handling_texts(event):
+            self.line("  note", text, "magenta", event.call_id)
         if event.error is not None:
             self.line("  error", error_text(event.error), "red", note)
         for view in event.views:

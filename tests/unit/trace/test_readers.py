@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 from html.parser import HTMLParser
@@ -220,3 +221,25 @@ def test_a_large_picture_is_shown_smaller_and_a_lost_one_named(tmp_path: Path) -
     (tmp_path / "run" / "blobs" / info.blob).unlink()
     page = _Page(trace.to_html(tmp_path / "b.html").read_text(encoding="utf-8"))
     assert "the trace has no such blob" in "".join(page.text)
+
+
+def test_mended_and_repeated_calls_are_shown(tmp_path: Path) -> None:
+    trace = Trace()
+    trace.emit(RunStarted(run="r1", question="?"))
+    repaired = {"repairs": ["box: '1' was read as 1 <b>", "a second\none"], "other": "secret"}
+    for call, told in (("c1", repaired), ("c2", {"repeats": "c1"}), ("c3", {"abandoned": True})):
+        trace.emit(ToolFinished(run="r1", call_id=call, name="t", ok=True, text="x", metadata=told))
+    trace.emit(RunFinished(run="r1", status="answered", text="y"))
+    lines = [
+        "mended: box: '1' was read as 1 <b>",
+        "mended: a second ↵ one",
+        "repeats c1, so it was answered without running",
+        "its thread did not stop and was left behind",
+    ]
+    shown = render_text(trace).plain
+    page = trace.to_html(tmp_path / "run.html").read_text(encoding="utf-8")
+    for call, line in zip(("c1", "c1", "c2", "c3"), lines, strict=True):
+        assert re.search(rf"  note +{re.escape(line)}  {call}", shown)
+        assert f'<div class="handled">{call} {html.escape(line)}</div>' in page
+    assert "secret" not in shown
+    assert "was read as 1 <b>" not in page
