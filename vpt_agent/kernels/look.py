@@ -196,9 +196,10 @@ def look(
 ) -> Tensor:
     """Crop, resize, normalise and cut into the patches that Qwen-VL's vision tower reads.
 
-    ``image`` uint8 [H, W, 3] RGB on the CPU. ``boxes`` int64 [R, 4]: left, top, right, bottom in
-    the image's pixels, right and bottom exclusive, not empty and inside the image. ``sizes`` int64
-    [R, 2]: height, width after the bicubic antialiased resize, multiples of patch * merge.
+    ``image`` uint8 [H, W, 3] RGB, on the CPU or, with Triton, on a GPU. ``boxes`` int64 [R, 4]:
+    left, top, right, bottom in the image's pixels, right and bottom exclusive, not empty and inside
+    the image. ``sizes`` int64 [R, 2]: height, width after the bicubic antialiased resize, multiples
+    of patch * merge.
     ``pre_sizes``, if given, are the NEAREST stages before it: int64 [R, 2], or [R, S, 2] for S
     stages in order. Values become ``(v / 255 - mean) / std``.
 
@@ -242,10 +243,10 @@ def pixels(
 ) -> Tensor:
     """Crop, resize, cut a window, normalise and zero-pad: one picture for an encoder.
 
-    ``image`` uint8 [H, W, 3] RGB on the CPU; ``box`` as in :func:`look`; ``stages`` are NEAREST
-    sizes (height, width) before the antialiased resize (bicubic, or bilinear) to ``size`` (height,
-    width). ``window`` (left, top, right, bottom) is cut from the resized picture, all of it if not
-    given; normalised values are padded with 0 on the right and at the bottom to ``canvas`` (height,
+    ``image`` and ``box`` as in :func:`look`; ``stages`` are NEAREST sizes (height, width) before the
+    antialiased resize (bicubic, or bilinear) to ``size`` (height, width). ``window`` (left, top,
+    right, bottom) is cut from the resized picture, all of it if not given; normalised values are
+    padded with 0 on the right and at the bottom to ``canvas`` (height,
     width). Returns float32 [3, canvas height, canvas width].
     """
     where = "kernels.pixels"

@@ -45,7 +45,9 @@ def _lines(picture: Image.Image) -> npt.NDArray[np.uint8]:
     return packed.reshape(height, 3, width)
 
 
-def _normalised(lines: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _normalised(
+    lines: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     """Values of ``lines`` [H, 3, W], float32, rounded as the plain version's table."""
     values = lines.astype(np.float32)
     values /= np.float32(255)

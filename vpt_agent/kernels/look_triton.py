@@ -1,4 +1,4 @@
-"""``vpt::look`` and ``vpt::pixels`` in Triton: one launch for all regions, the plain version's bits.
+"""``vpt::look`` and ``vpt::pixels`` in Triton: one launch, and the plain version's bits.
 
 A program makes a tile of new pixels: it goes once through the old lines that the tile needs, makes
 each shorter with Pillow's integer weights (first pass), and adds it to every new line it is part of
@@ -93,7 +93,7 @@ def packed(regions: Sequence[Region]) -> tuple[npt.NDArray[np.int32], npt.NDArra
 
 
 @triton.jit
-def _look_kernel(  # type: ignore[no-untyped-def]  # Triton reads the source, not the types
+def _look_kernel(
     image,
     line,
     regions,
@@ -102,12 +102,12 @@ def _look_kernel(  # type: ignore[no-untyped-def]  # Triton reads the source, no
     out,
     wide_patch,
     high_patch,
-    MERGE: tl.constexpr,  # noqa: N803
-    TEMPORAL: tl.constexpr,  # noqa: N803
-    FIELDS: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    TILE_A: tl.constexpr,  # noqa: N803
-    TILE_B: tl.constexpr,  # noqa: N803
+    MERGE: tl.constexpr,
+    TEMPORAL: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE_A: tl.constexpr,
+    TILE_B: tl.constexpr,
 ):
     at = regions + tl.program_id(1) * FIELDS
     n_a, old_a, k_a = tl.load(at), tl.load(at + 1), tl.load(at + 2)

@@ -2,7 +2,8 @@
 
 A kernel that adds with these weights in integers gives what Pillow gives, bit for bit. Written from
 what Pillow computes (antialiased filters on 8 bits: weights in float64, rounded to 22 bits behind
-the point, columns first, each pass rounded and clipped to 8 bits); tests compare with Pillow itself.
+the point, one axis after the other, each pass rounded and clipped to 8 bits); tests compare with
+Pillow itself.
 """
 
 from __future__ import annotations

@@ -61,6 +61,40 @@ def test_crops_and_nearest_stages_equal_the_same_done_by_hand() -> None:
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_cpu_kernel_gives_the_plain_version_s_bits(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    width, height = (int(v) for v in rng.integers(8, 400, 2))
+    image = _tensor(_picture(width, height, seed))
+    boxes, sizes, stages = [], [], []
+    for _ in range(3):
+        left, right = sorted(int(v) for v in rng.integers(0, width + 1, 2))
+        top, bottom = sorted(int(v) for v in rng.integers(0, height + 1, 2))
+        right, bottom = min(max(right, left + 1), width), min(max(bottom, top + 1), height)
+        boxes.append((min(left, right - 1), min(top, bottom - 1), right, bottom))
+        sizes.append([int(v) * 16 for v in rng.integers(1, 9, 2)])
+        stages.append([[int(v) for v in rng.integers(1, 300, 2)]])
+    args = (image, torch.tensor(boxes), torch.tensor(sizes))
+    rest = (MEAN, STD, 8, 2, 1 + seed % 3)
+    for before in (None, torch.tensor(stages)):
+        got = torch.ops.vpt.look(*args, before, *rest)
+        assert torch.equal(got, kernels.plain("look")(*args, before, *rest))
+    more = (image, list(boxes[0]), stages[0][0], [40, 50], [3, 2, 50, 39], [64, 64], MEAN, STD)
+    for bilinear in (False, True):
+        got = torch.ops.vpt.pixels(*more, bilinear)
+        assert torch.equal(got, kernels.plain("pixels")(*more, bilinear))
+
+
+def test_regions_on_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = _tensor(_picture(200, 150))
+    boxes = [(10 * i, 5 * i, 10 * i + 80, 5 * i + 60) for i in range(8)]
+    sizes = [(28 + 28 * (i % 3), 56) for i in range(8)]
+    one = kernels.look(image, boxes, sizes, mean=MEAN, std=STD)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for _ in range(3):
+        assert torch.equal(kernels.look(image, boxes, sizes, mean=MEAN, std=STD), one)
+
+
 def test_other_patch_layouts() -> None:
     image = _tensor(_picture(40, 24))
     got = kernels.look(
