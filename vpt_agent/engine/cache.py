@@ -265,7 +265,8 @@ class PooledCache(ExplicitCache):
         limit, before = self.blocks.limit, len(self.blocks.users)
         count = limit if limit is not None else max(before + more, 2 * before, self.count(256))
         size = count * self.block, self.shape.heads * self.shape.head_dim
-        with torch.inference_mode():
+        # Ordinary tensors, which can be written in any mode.
+        with torch.inference_mode(False), torch.no_grad():
             for stores in (self.keys, self.values):
                 old = list(stores)
                 stores.clear()

@@ -50,7 +50,6 @@ class Live:
     calls: int = 0
     shared: int = 0
     _ready: bool = False
-    _cache: PooledCache | None = None
     _beginning: Beginning | None = None
 
     # --- what it waits for ----------------------------------------------------------------
@@ -82,15 +81,13 @@ class Live:
         return -1 if self.session is None or self.session.closed else self.session.row
 
     def holds(self) -> bool:
-        """Whether anything of its sequence is in the cache."""
-        return self.row() >= 0 and self._in(self.session) > 0
-
-    def _in(self, session: Session | None) -> int:
-        return 0 if session is None else session.engine.cache.lengths[session.row]
+        """Whether it has blocks of the cache."""
+        row = self.row()
+        return row >= 0 and self.session is not None and self.session.engine.cache.held(row) > 0
 
     def prepare(self, cache: PooledCache) -> None:
         """Find out how much of the sequence is in the cache; called before each step's plan."""
-        feed, self._cache = self.feed, cache
+        feed = self.feed
         row, past = feed.session.row, len(feed.session)
         if not self._ready:
             self._ready, self.shared, self.tokens, self.calls = True, 0, 0, 0
