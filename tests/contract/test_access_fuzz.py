@@ -216,7 +216,7 @@ def mark(view: SourceView, box: PixelBox) -> dict[str, object]:
 
 ODD: list[Any] = [None, True, -1, 10**30, 1.5, "", "12", "x" * 500, [], {}, [[[[]]]], {"a": {}},
                   [None], "image_1", "call_1.1", "0" * 32 + "-image_1", "session a", [9, 9, 1, 1],
-                  [-5, 0, 5000, 3], {"name": "mark"}, "\u202e"]  # fmt: skip
+                  [-5, 0, 5000, 3], [500, 500, 600, 600], {"name": "mark"}, "\u202e"]  # fmt: skip
 
 
 def spoilt_call(rng: random.Random, place: Path, colour: str) -> tuple[str, dict[str, Any]]:

@@ -42,6 +42,7 @@ from vpt_tools.crop_region import crop_region
 
 CALLS, PICTURES = 9_000, 1_000
 KINDS = set(get_args(CallErrorKind))
+SECRET = "hunter2-0xC0FFEE"
 
 
 class Find(ToolArguments):
@@ -90,13 +91,21 @@ def zoom(view: SourceView, boxes: Norm1000Boxes, pixel: PixelBox | None = None) 
     return f"{view.id} {len(boxes)}"
 
 
-TOOLS = ToolRegistry([crop_region, zoom, Finder, Foreign])
+@perception_tool(timeout=None)
+def leak(how: int) -> str:
+    """Fail with what nobody must be told."""
+    text = f"{SECRET} in {os.getcwd()}"
+    raise [OSError(text), KeyError(text), RuntimeError(text)][how % 3]
+
+
+TOOLS = ToolRegistry([crop_region, zoom, Finder, Foreign, leak])
 VIEW = View("image_1", Image.new("RGB", (160, 80)), "image_1", Box(0, 0, 160, 80), (160, 80))
 RIGHT: list[tuple[str, dict[str, object]]] = [
     ("crop_region", {"region": [1, 2, 3, 4]}),
     ("crop_region", {"box": [[0, 0, 50, 50], [9, 9, 20, 20]], "source": "image_1"}),
     ("zoom", {"boxes": [0, 0, 500, 500], "pixel": None}),
     ("find", {"words": ["red", "tag"], "least": 0.25, "where": [0, 0, 7, 7]}),
+    ("leak", {"how": 1}),
     ("foreign", {"n": 3, "mode": "a", "deep": {"deep": {}}}),
 ]
 ODD: list[object] = [
@@ -160,25 +169,34 @@ def handled(text: str, *, cut: bool, found: Counter[str]) -> None:
         assert error.message == one_line(error.message), (
             "one line, printable, at most 300 characters"
         )
-        assert "Traceback" not in error.message
+        for word in ("Traceback", SECRET, os.getcwd(), "site-packages"):
+            assert word not in error.message
         found[error.kind] += 1
 
 
 def test_every_malformed_call_ends_in_a_listed_kind(figures: Callable[..., None]) -> None:
     rng, found = random.Random(4), Counter[str]()
-    threads, began = threading.active_count(), time.process_time()
+    threads, files, held = threading.active_count(), open_files(), views()
+    began = time.process_time()
     for _ in range(CALLS):
         handled(spoilt(rng), cut=rng.random() < 0.3, found=found)
     assert threading.active_count() <= threads
+    assert open_files() <= files
+    assert views() <= held, "no view is left over"
     assert found["ok"] > 500, "some are right still, or nothing was tried"
     assert {"invalid_json", "invalid_arguments", "unknown_tool", "unknown_source", "box_outside",
-            "box_too_small"} <= set(found)  # fmt: skip
+            "box_too_small", "tool_failed"} <= set(found)  # fmt: skip
     seconds = time.process_time() - began
     figures("fuzz of the call path", texts=CALLS, seconds=seconds, **dict(sorted(found.items())))
 
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def views() -> int:
+    gc.collect()
+    return sum(isinstance(each, View) for each in gc.get_objects())
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about the pictures
