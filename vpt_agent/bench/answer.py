@@ -17,8 +17,9 @@ from vpt_agent.bench.forced import call_length, forced_agent, kind_of
 from vpt_agent.bench.limits import Costs, Work
 from vpt_agent.bench.machine import Rates, describe, measure_rates, stamp, threads
 from vpt_agent.bench.published import Generated, Prompt, PublishedProcedure
-from vpt_agent.bench.split import Split, TimedModel
+from vpt_agent.bench.split import REST, Split, TimedModel, watched
 from vpt_agent.bench.timing import Spread, in_turn, ratios, spreads, timed, timer_for
+from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import InternalError
 from vpt_agent.trace import (
     Decoded,
@@ -34,7 +35,6 @@ from vpt_agent.vision.images import load_views
 from vpt_agent.vision.patches import look
 
 if TYPE_CHECKING:
-    from vpt_agent.agent import PerceptionAgent
     from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
 
 QUESTION = "What is written on the red tag beside the door?"
@@ -83,55 +83,51 @@ class Ours:
     def __init__(self, loaded: Loaded, settings: Settings, data: bytes) -> None:
         self.loaded, self.settings, self.data = loaded, settings, data
         self.kind = kind_of(loaded.model, settings.force)
-        self.agent = self._agent(loaded.model)
-
-    def _agent(self, model: VPTForConditionalGeneration | TimedModel) -> PerceptionAgent:
-        tokens = self.settings.new_tokens
-        return forced_agent(model, self.loaded.processor, new_tokens=tokens)
-
-    def run(
-        self,
-        agent: PerceptionAgent | None = None,
-        image: Image.Image | None = None,
-        trace: Trace | None = None,
-    ) -> Answer:
-        """One answer; ``image`` is the picture, if its file was opened already."""
-        agent = agent or self.agent
-        agent.engine.features.clear()
-        controls = self.loaded.model.table.controls
-        tokens = call_length(self.kind, controls) + self.settings.new_tokens
-        return agent.run(
-            QUESTION,
-            self.data if image is None else image,
-            tool_choice=self.kind.tool,
-            limits=Limits(new_tokens=tokens),
-            trace=trace,
-        )
-
-    def split(self) -> tuple[float, Split, Mapping[str, float]]:
-        """One answer under the clock: seconds in all, and by part."""
-        model, plain = self.loaded.model, self.agent.engine
-        clock = Clock(model.device, timer_for(model.device))
-        split = Split(clock)
-        agent = self._agent(TimedModel(model, clock))
-        agent.engine.cache = plain.cache  # as warm as that of the runs
-        looked = agent.engine.features.look_all
+        self.timed = TimedModel(loaded.model, Clock())
+        tokens = settings.new_tokens
+        self.agent = forced_agent(loaded.model, loaded.processor, new_tokens=tokens)
+        self.watched = forced_agent(self.timed, loaded.processor, new_tokens=tokens)
+        looked = self.watched.engine.features.look_all
 
         def look_all(looks: Any) -> Any:  # what is not the model's is decoding and resizing
-            with clock.measure("image"):
+            with self.timed.clock.measure("image"):
                 return looked(looks)
 
-        agent.engine.features.look_all = look_all  # type: ignore[method-assign]
+        self.watched.engine.features.look_all = look_all  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Stop the agents' threads."""
+        self.agent.close()
+        self.watched.close()
+
+    def run(self) -> Answer:
+        """One answer."""
+        self.agent.engine.features.clear()
+        return self.agent.run(
+            QUESTION, self.data, tool_choice=self.kind.tool, limits=self._limits()
+        )
+
+    def _limits(self) -> Limits:
+        controls = self.loaded.model.table.controls
+        return Limits(new_tokens=call_length(self.kind, controls) + self.settings.new_tokens)
+
+    def split(self) -> tuple[float, Split, Mapping[str, float]]:
+        """One answer under the clock: seconds in all, and by part. The first of them warms up."""
+        device = self.loaded.model.device
+        clock = self.timed.clock = Clock(device, timer_for(device))
+        split, agent = Split(clock), self.watched
+        trace = Trace()
+        trace.subscribe(split.hear)
+        agent.engine.features.clear()
         began = clock.now()
         with clock.measure("image"):
             views = load_views([self.data])
-        opened = clock.now() - began
-        trace = Trace()
-        trace.subscribe(split.hear)
-        total = opened + timed(lambda: self.run(agent, views[0].image, trace), model.device).by(
-            clock.timer
-        )
-        agent.close()
+        with clock.measure("agent"):
+            talk = agent.conversation(views[0].image, trace=trace)
+            steps = talk.steps(QUESTION, self.kind.tool, self._limits(), Sampling())
+        agent.engine.drive([watched(steps, clock)])
+        talk.close()
+        total = clock.now() - began
         return total, split, split.parts(total)
 
 
@@ -255,7 +251,7 @@ def _bench(
     limit = _limits(ours, answer, rates)
     same = [*rounds[0].ids, *rounds[1].ids] == [*published.call, *published.said]
     usage = answer.usage
-    agent.agent.close()
+    agent.close()
     found = {
         "what": "answer",
         "when": stamp(),
@@ -292,8 +288,9 @@ def _splits(agent: Ours, count: int) -> dict[str, Any]:
     """Medians of the parts, and of what is no model arithmetic."""
     found = [agent.split() for _ in range(count + 1)][1:]
     parts = {name: Spread.of([p[name] for _, _, p in found]) for name in found[0][2]}
-    shares = [p["rest"] / total for total, _, p in found]
-    turns = [p["rest"] / split.turns for _, split, p in found]
+    rest = [sum(p[name] for name in REST) for _, _, p in found]
+    shares = [own / total for own, (total, _, _) in zip(rest, found, strict=True)]
+    turns = [own / split.turns for own, (_, split, _) in zip(rest, found, strict=True)]
     return {
         "parts": {name: spread.median for name, spread in parts.items()},
         "rest": {

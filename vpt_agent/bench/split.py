@@ -7,21 +7,26 @@ stage the calls since its last event belong.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from vpt_agent.bench.clock import Clock
+from vpt_agent.engine.core import Run
 from vpt_agent.engine.sampling import Choice, Sampler
 from vpt_agent.trace import Event
 
 if TYPE_CHECKING:
     from vpt_agent.model import VPTForConditionalGeneration
 
-PARTS = ("image", "vision", "prefill", "decode", "choose", "tool", "append", "rest")
+T = TypeVar("T")
+
+PARTS = ("image", "vision", "prefill", "decode", "choose", "tool", "append", "agent", "loop")
 """Image decode and resize; vision encode; language model in prefill, decode and append with the
-output head; choosing tokens; conditioning in tools; everything else: agent, grammar, trace, checks
-of calls, threads of tools."""
+output head; choosing tokens; conditioning in tools. Then what is no arithmetic: the agent's run
+(layout, grammar, trace, checks of calls), and the loop below it (laying out batches, positions,
+cache rows, threads of tools)."""
+REST = ("agent", "loop")
 
 _STAGES = {"prefilled": "prefill", "decoded": "decode", "perception_appended": "append"}
 
@@ -107,5 +112,21 @@ class Split:
     def parts(self, total: float) -> Mapping[str, float]:
         """Seconds by part of a run that took ``total``."""
         found = {name: self.clock.seconds.get(name, 0.0) for name in PARTS}
-        found["rest"] = total - sum(found.values())
+        found["loop"] = total - sum(found.values())
         return found
+
+
+def watched(steps: Run[T], clock: Clock) -> Run[T]:
+    """A run whose own steps are counted as the agent's."""
+    answer = None
+    try:
+        while True:
+            with clock.measure("agent"):
+                try:
+                    want = steps.send(answer)
+                except StopIteration as stop:
+                    done: T = stop.value
+                    return done
+            answer = yield want
+    finally:
+        steps.close()

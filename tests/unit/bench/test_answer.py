@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vpt_agent.bench.answer import Loaded, Ours, Settings, bench_answer, picture
@@ -16,6 +17,7 @@ from vpt_agent.bench.limits import Costs, Work
 from vpt_agent.bench.machine import Rates
 from vpt_agent.bench.shapes import FORTY_M, TextShape, VisionShape, random_model
 from vpt_agent.bench.split import PARTS
+from vpt_agent.engine import Tokens
 from vpt_agent.errors import UserError
 from vpt_agent.model.testing import tiny_model
 
@@ -33,11 +35,12 @@ def test_both_ways_say_the_same(figures: dict[str, Any]) -> None:
     assert figures["tokens_equal"]
     ours, published = figures["ours"], figures["published"]
     assert 2 * ours["tokens"] < published["tokens"]
-    # Ours: the prompt, the call's start, its rest but the last token, the result, each further
-    # word. Published: everything twice.
-    inner = 2 if figures["kind"] != "region" else 6
-    assert ours["passes"] == 1 + inner + 1 + SMALL.new_tokens - 1
-    words = inner + 1 if figures["kind"] != "region" else 6
+    # Ours: the prompt; the call's start, and its rest (of a region each coordinate that the grammar
+    # leaves open); the result with the call's end; each further word but the last.
+    inner = ours["passes"] - 1 - 1 - (SMALL.new_tokens - 1)
+    assert inner == 2 if figures["kind"] != "region" else 2 <= inner <= 6
+    # Published: everything twice, each token of the call but the last by itself.
+    words = 6 if figures["kind"] == "region" else 3
     assert published["passes"] == 2 * (1 + words + 1 + SMALL.new_tokens - 1)
 
 
@@ -84,6 +87,7 @@ def test_the_shape_of_a_forced_answer() -> None:
     lengths = [sum(len(s.ids) for s in e.spans) for e in turns]
     assert lengths == [call_length(ours.kind, 1), SMALL.new_tokens]
     assert first.text == second.text
+    ours.close()
 
 
 def test_a_kind_that_cannot_be_forced() -> None:
@@ -99,7 +103,7 @@ def test_the_picture_is_a_jpeg_with_detail() -> None:
     image = Image.open(io.BytesIO(picture(56)))
     assert (image.format, image.size) == ("JPEG", (56, 56))
     assert picture(56) == picture(56) != picture(56, seed=1)
-    assert len(set(image.convert("L").getdata())) > 50
+    assert image.convert("L").histogram().count(0) < 200
 
 
 SHAPE = (TextShape(64, 3, 4, 2, 96, 600, (2, 3, 3)), VisionShape(2, 32, 2))
@@ -110,20 +114,19 @@ def test_costs_are_those_that_torch_counts() -> None:
     costs = Costs.of(model)
     patches, past, new = 64, 40, 30
     pixels, grid = torch.randn(patches, 1176), torch.tensor([[1, 8, 8]])
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    plain = sdpa_kernel(SDPBackend.MATH)  # whose products are counted
+    with plain, torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.encode_images(pixels, grid)
-    assert costs.vision(patches).flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert costs.vision(patches).flops == pytest.approx(counter.get_total_flops(), rel=0.03)
     agent = forced_agent(model, processor, new_tokens=2)
     session = agent.engine.session()
-    from vpt_agent.engine import Tokens
-
     session.append([Tokens(range(past))])
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         session.append([Tokens(range(new))], logits="last")
     # torch counts masked pairs of query and key as well.
     pairs = 4.0 * costs.depth * costs.width
     wanted = costs.block(new, past).flops + pairs * (new * new - new * (new + 1) / 2)
-    assert wanted == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert wanted == pytest.approx(counter.get_total_flops(), rel=0.03)
     weights = sum(p.numel() for p in [*model.model.parameters()])
     cache = 2 * costs.depth * costs.kv_width * (past + new)
     assert costs.block(new, past).bytes == 4 * (weights + cache)  # tied: the head is the embedding

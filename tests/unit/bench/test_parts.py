@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
+from vpt_agent.bench.answer import Loaded
 from vpt_agent.bench.clock import Clock
 from vpt_agent.bench.kernels import bench_kernels
 from vpt_agent.bench.machine import describe, measure_rates, threads
@@ -14,6 +13,7 @@ from vpt_agent.bench.start import bench_import
 from vpt_agent.bench.throughput import Crowd, bench_throughput
 from vpt_agent.bench.timing import Sample, Spread, in_turn, ratios, spreads, timer_for
 from vpt_agent.errors import UserError
+from vpt_agent.model.testing import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -51,18 +51,17 @@ def test_one_thread_of_a_cpu_is_measured_in_cpu_time() -> None:
     assert timer_for(torch.device("cuda")) == "wall"
 
 
-def test_what_is_measured_inside_is_taken_out() -> None:
+def test_what_is_measured_inside_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((0.0, 1.0, 4.0, 6.0, 10.0, 11.0))
+    monkeypatch.setattr("vpt_agent.bench.clock.time.perf_counter", lambda: next(now))
     clock = Clock()
-    with clock.measure("outer"):
-        time.sleep(0.01)
-        with clock.measure("inner"):
-            time.sleep(0.03)
-    assert clock.seconds["inner"] >= 0.03
-    assert 0.01 <= clock.seconds["outer"] < 0.03
+    with clock.measure("outer"), clock.measure("inner"):
+        pass
+    assert clock.seconds == {"inner": 3.0, "outer": 3.0}
     with pytest.raises(KeyError), clock.measure("outer"):
         raise KeyError
-    clock.add("outer", 1.0)
-    assert clock.seconds["outer"] > 1.0
+    clock.add("inner", 0.5)
+    assert clock.seconds == {"inner": 3.5, "outer": 4.0}
 
 
 def test_the_machine_and_its_rates() -> None:
@@ -84,9 +83,6 @@ def test_kernels_give_a_ratio_each() -> None:
 
 
 def test_a_crowd_is_answered_as_one_by_one() -> None:
-    from vpt_agent.bench.answer import Loaded
-    from vpt_agent.model.testing import tiny_model
-
     crowd = Crowd(questions=3, image=56, new_tokens=4, repeats=1)
     found = bench_throughput(Loaded(*tiny_model(("clip",))), crowd)
     assert found["answers_equal"]
