@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt_agent.engine.decode import Turn
 from vpt_agent.engine.parts import Looked
+from vpt_agent.kernels import kernel_name
 from vpt_agent.tokens.grammar import ParseError
 from vpt_agent.trace import (
     Decoded,
@@ -231,6 +232,7 @@ class Recorder:
     ) -> None:
         """Results are in the cache."""
         visual = sum(len(s.ids) for s in spans if s.source == "visual")
+        hidden = [] if session.hidden is None else [session.hidden]
         self.usage.visual_tokens += visual
         self.usage.prompt_tokens += sum(len(s.ids) for s in spans)
         self.trace.emit(
@@ -241,6 +243,7 @@ class Recorder:
                 visual_tokens=visual,
                 start=start,
                 next_position=session.next_position,
+                kernels=(kernel_name("splice", *hidden),) if visual else (),
                 seconds=seconds,
             )
         )

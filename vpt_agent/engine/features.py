@@ -21,7 +21,6 @@ from vpt_agent.kernels import kernel_name
 from vpt_agent.types import View
 from vpt_agent.vision.encoders import encoder_pixels
 from vpt_agent.vision.patches import look as look_at
-from vpt_agent.vision.patches import pixels_of
 from vpt_agent.vision.policy import ImagePolicy
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ class FeatureStore:
                 for t, g in zip(tokens, grid, strict=True)
             ]
         pixels = torch.stack([encoder_pixels(kind, v, self.policy) for v in views])
-        names = (kernel_name("pixels", pixels_of(views[0])),)
+        names = (kernel_name("pixels", torch.empty(0)),)  # pictures lie on the CPU
         return [
             _Entry(_own(t), None, names)
             for t in self.model.encode(source, pixels=pixels.to(self.device))

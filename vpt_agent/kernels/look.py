@@ -243,11 +243,11 @@ def pixels(
 ) -> Tensor:
     """Crop, resize, cut a window, normalise and zero-pad: one picture for an encoder.
 
-    ``image`` and ``box`` as in :func:`look`; ``stages`` are NEAREST sizes (height, width) before the
-    antialiased resize (bicubic, or bilinear) to ``size`` (height, width). ``window`` (left, top,
-    right, bottom) is cut from the resized picture, all of it if not given; normalised values are
-    padded with 0 on the right and at the bottom to ``canvas`` (height,
-    width). Returns float32 [3, canvas height, canvas width].
+    ``image`` and ``box`` as in :func:`look`; ``stages`` are NEAREST sizes (height, width) before
+    the antialiased resize (bicubic, or bilinear) to ``size`` (height, width). ``window`` (left,
+    top, right, bottom) is cut from the resized picture, all of it if not given; normalised values
+    are padded with 0 on the right and at the bottom to ``canvas`` (height, width). Returns
+    float32 [3, canvas height, canvas width].
     """
     where = "kernels.pixels"
     _check_image(image, where)

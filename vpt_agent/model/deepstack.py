@@ -8,11 +8,13 @@ control states, features of other towers) adds nothing anywhere. W is the width 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vpt_agent.kernels import splice
+from vpt_agent.kernels import Stretch, place, splice
 
 
 def widened(rows: Tensor, width: int) -> Tensor:
@@ -28,6 +30,12 @@ def put(embeds: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """
     width = max(embeds.shape[-1], rows.shape[-1])
     return splice(widened(embeds, width), widened(rows, width), index)
+
+
+def put_at(embeds: Tensor, rows: Tensor, stretches: Sequence[Stretch]) -> Tensor:
+    """As :func:`put`, told by stretches that take ``rows`` in order (no index of N numbers)."""
+    width = max(embeds.shape[-1], rows.shape[-1])
+    return place(widened(embeds, width), widened(rows, width), stretches)[0]
 
 
 def joined(tokens: Tensor, levels: list[Tensor] | None) -> Tensor:

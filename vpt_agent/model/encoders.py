@@ -17,6 +17,7 @@ from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from vpt_agent.errors import CheckpointError, UserError
+from vpt_agent.kernels import project
 from vpt_agent.tokens.table import PerceptionKind
 
 
@@ -57,8 +58,26 @@ class Projector(nn.Module):
 
     def condition(self, control: Tensor) -> Tensor:
         """Conditions [M, D] of control states [M, k, D]."""
-        result: Tensor = self.linear_condition(self.layernorm_condition(control.flatten(1)))
+        states, norm, linear = control.flatten(1), self.layernorm_condition, self.linear_condition
+        alike = states.dtype == norm.weight.dtype == linear.weight.dtype
+        bare = _bare(norm, nn.LayerNorm) and _bare(linear, XavierLinear)
+        if alike and bare and _alone(states):
+            return project(states, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps)
+        result: Tensor = linear(norm(states))
         return result
+
+
+def _bare(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """Whether ``module`` is what its parameters say: no adapter, quantised layer, or hook that
+    fetches weights from elsewhere."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is expected and not hooked
+
+
+def _alone(states: Tensor) -> bool:
+    """Whether nothing watches a computation on ``states``: training is left to the modules, which
+    sharding and mixed precision take hold of."""
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type))
 
 
 class TokenProjector(Projector):

@@ -7,6 +7,7 @@ what enters the language model (D, but for Qwen3-VL).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vpt_agent.errors import UserError
-from vpt_agent.model.deepstack import put
+from vpt_agent.kernels import Stretch
+from vpt_agent.model.deepstack import put, put_at
 from vpt_agent.model.masking import MaskRule, hidden_stretches, zeroed_positions
 from vpt_agent.model.matching import Place, Plan, make_plan, picture_places
 from vpt_agent.model.memory import FeatureMemory, check_keys, encode_once, pictures_of
@@ -128,9 +130,7 @@ class _Run:
         """``embeds`` with the features ``tensors`` at their ``places``."""
         if not places:
             return embeds
-        length = embeds.shape[1]
-        index = [p.row * length + p.first + i for p in places for i in range(p.count)]
-        return put(embeds, torch.cat(list(tensors)), torch.tensor(index, device=embeds.device))
+        return put_at(embeds, torch.cat(list(tensors)), _stretches(places))
 
     def with_controls(self, current: Tensor, control: str, *, whole: bool = False) -> Forward:
         """Fill in control states and conditioned features, mask, and run the scored pass."""
@@ -388,9 +388,15 @@ def _base_embeddings(
     )
     if not places:
         return embeds
-    length = embeds.shape[1]
-    index = [p.row * length + p.first + i for p in places for i in range(p.count)]
-    return put(embeds, torch.cat(list(pictures)), torch.tensor(index, device=embeds.device))
+    return put_at(embeds, torch.cat(list(pictures)), _stretches(places))
+
+
+def _stretches(places: Sequence[Place]) -> list[Stretch]:
+    """Where the features of ``places`` stand, one picture after the other."""
+    ends = itertools.accumulate(p.count for p in places)
+    return [
+        Stretch(p.row, p.first, p.count, end - p.count) for p, end in zip(places, ends, strict=True)
+    ]
 
 
 def _positions(model: VPTForConditionalGeneration, inputs: Inputs) -> Tensor:

@@ -256,7 +256,8 @@ class ToolFinished(EventBase):
 
 
 class PerceptionAppended(EventBase):
-    """Results joined the cache: ``spans`` from row ``start``, ``visual_tokens`` of them visual."""
+    """Results joined the cache: ``spans`` from row ``start``, ``visual_tokens`` of them visual.
+    ``kernels`` put these in their places."""
 
     type: Literal["perception_appended"] = "perception_appended"
     call_ids: tuple[str, ...]
@@ -264,6 +265,7 @@ class PerceptionAppended(EventBase):
     visual_tokens: int
     start: int
     next_position: int
+    kernels: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
