@@ -19,7 +19,7 @@ def colour(number: int) -> str:
 
 def pen(size: tuple[int, int]) -> int:
     """A width of lines that is seen on a picture of ``size``."""
-    return max(1, round(max(size) / 300))
+    return max(2, round(max(size) / 240))
 
 
 def font(size: tuple[int, int]) -> Font:

@@ -299,6 +299,9 @@ def _details(tool: PerceptionTool) -> list[str]:
         lines.append(f"needs the extra {tool.extra} of its package")
     if tool.licence:
         lines.append(f"licence {tool.licence}")
+    lacks = tool.lacks()
+    if lacks is not None:
+        lines.append(f"not offered to models yet: {lacks.what}; do: {lacks.fix}")
     return lines
 
 

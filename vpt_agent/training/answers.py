@@ -66,8 +66,7 @@ def require_own_tools(model: VPTForConditionalGeneration, name: str, tools: Tool
     """
     if isinstance(tools, ToolRegistry):  # which says that all is meant
         return
-    registry = ToolRegistry.from_entry_points()
-    registry.add_all(tools or ())
+    registry = ToolRegistry.with_installed(tools or ())
     contracts = (model.config.perception or {}).get("tools", {})
     require_tools(model.table, registry, Abilities(name, contracts=contracts))
 
