@@ -49,11 +49,15 @@ def answer(
         str | None, typer.Option(help="Of the published procedure; without it, the same.")
     ] = None,
     device: Device = "cpu",
+    drawn: Annotated[
+        Path | None, typer.Option("--picture", help="Draw where the time goes (PNG).")
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """One answer in two rounds, beside the published procedure written plainly."""
     from vpt_agent.bench.answer import Settings, bench_answer
+    from vpt_agent.bench.timeline import draw
 
     ours, name = _load(model, shape, force, device, dtype)
     other = None
@@ -61,6 +65,9 @@ def answer(
         other = _load(model, shape, force, device, str(baseline_dtype))[0]
     settings = Settings(image, new_tokens, force, repeats, threads)
     figures = bench_answer(ours, settings, baseline=other, shape=name, tell=_tell)
+    if drawn is not None:
+        with writing(drawn):
+            draw(figures, drawn)
     _done(figures, out, as_json, _answer_lines(figures))
 
 

@@ -11,14 +11,22 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpt_agent.bench.answer import Loaded, Ours, Settings, bench_answer, picture
+from vpt_agent.bench.answer import (
+    Loaded,
+    Ours,
+    Published,
+    Settings,
+    bench_answer,
+    picture,
+)
 from vpt_agent.bench.forced import call_length, forced_agent, kind_of
 from vpt_agent.bench.limits import Costs, Work
 from vpt_agent.bench.machine import Rates
+from vpt_agent.bench.published import Prompt, PublishedProcedure
 from vpt_agent.bench.shapes import FORTY_M, TextShape, VisionShape, random_model
 from vpt_agent.bench.split import PARTS
 from vpt_agent.engine import Tokens
-from vpt_agent.errors import UserError
+from vpt_agent.errors import InternalError, UserError
 from vpt_agent.model.testing import tiny_model
 
 SMALL = Settings(image=84, new_tokens=6, repeats=1, splits=1)
@@ -97,6 +105,30 @@ def test_a_kind_that_cannot_be_forced() -> None:
     kind = type("Row", (), {"payload": "text", "name": "lookup"})()
     with pytest.raises(UserError, match=r"only calls of a fixed length.*lookup"):
         call_length(kind, 1)
+
+
+def test_other_passes_than_the_published_ones_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Published, "expected_forwards", lambda self: [(1, 0)])
+    with pytest.raises(InternalError, match="other passes than the published procedure"):
+        bench_answer(Loaded(*tiny_model(("clip",))), SMALL)
+
+
+def test_a_control_token_needs_one_before_it() -> None:
+    model, _ = tiny_model(("clip",))
+    control = model.table["clip"].control
+    with pytest.raises(UserError, match="a control token has no token before it"):
+        PublishedProcedure(model).generate(Prompt([control, 5]), 1)
+
+
+def test_banned_and_stop_ids_of_the_published_procedure() -> None:
+    model, _ = tiny_model(("clip",))
+    procedure = PublishedProcedure(model)
+    free = procedure.generate(Prompt([40, 41]), 3).ids
+    banned = procedure.generate(Prompt([40, 41]), 1, banned=[free[0]]).ids
+    assert banned != free[:1]
+    assert procedure.generate(Prompt([40, 41]), 3, stop=frozenset({free[0]})).ids == free[:1]
 
 
 def test_the_picture_is_a_jpeg_with_detail() -> None:

@@ -9,10 +9,10 @@ from vpt_agent.bench.answer import Loaded
 from vpt_agent.bench.clock import Clock
 from vpt_agent.bench.kernels import bench_kernels
 from vpt_agent.bench.machine import describe, measure_rates, threads
-from vpt_agent.bench.start import bench_import
+from vpt_agent.bench.start import _run, bench_import
 from vpt_agent.bench.throughput import Crowd, bench_throughput
 from vpt_agent.bench.timing import Sample, Spread, in_turn, ratios, spreads, timer_for
-from vpt_agent.errors import UserError
+from vpt_agent.errors import InternalError, UserError
 from vpt_agent.model.testing import tiny_model
 
 CPU = torch.device("cpu")
@@ -96,3 +96,8 @@ def test_imports_are_measured_in_processes_of_their_own() -> None:
     assert set(found["processes"]) == {"nothing", "import", "help"}
     assert [aim["wanted"] for aim in found["aims"]] == [0.15, 0.4]
     assert all(aim["figure"] > 0 for aim in found["aims"][1:])
+
+
+def test_a_measured_process_that_fails_is_an_error() -> None:
+    with pytest.raises(InternalError, match=r"a measured process failed.*got: ValueError: seven"):
+        _run(["-c", "raise ValueError('seven')"])
