@@ -47,6 +47,7 @@ from vpt_agent.model.forward import Forward, Inputs, run_forward
 from vpt_agent.model.fresh import FromScratch
 from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.memory import FeatureMemory
+from vpt_agent.model.patchconv import patches_as_products
 from vpt_agent.model.positions import Grid, rope_positions
 from vpt_agent.tokens.table import PerceptionKind
 
@@ -81,6 +82,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     def __init__(self, config: VPTConfig) -> None:
         super().__init__(config)
         self.visual, self.model = build_parts_of(config.base, config)
+        patches_as_products(self.visual)
         # Which layers stay whole when the model is spread or sharded: its parts know.
         self._no_split_modules = None
         text = config.text_config

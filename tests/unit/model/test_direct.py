@@ -16,6 +16,7 @@ from vpt_agent.engine.core import Engine
 from vpt_agent.engine.parts import Tokens
 from vpt_agent.model import VPTForConditionalGeneration
 from vpt_agent.model.direct import DirectDecoder, times
+from vpt_agent.model.patchconv import PatchProduct, patches_as_products
 from vpt_agent.model.testing import tiny_model
 from vpt_agent.vision.policy import ImagePolicy
 
@@ -143,3 +144,17 @@ def test_a_product_of_one_row_equals_one_of_many() -> None:
         assert torch.allclose(torch.cat([times(row[None], weight, bias) for row in x]), many)
         assert torch.allclose(times(x[:1], weight), x[:1] @ weight.T)
         assert times(x[0, 0], weight).shape == (7,)
+
+
+def test_patches_as_products_are_the_convolution() -> None:
+    visual = tiny_model(("clip",))[0].visual
+    proj = visual.patch_embed.proj
+    assert type(proj) is PatchProduct
+    patches = torch.randn(5, 3, 2, 14, 14)
+    wanted = nn.functional.conv3d(patches, proj.weight, stride=(2, 14, 14))
+    assert torch.allclose(proj(patches), wanted, atol=1e-5)
+    larger = torch.randn(1, 3, 2, 28, 28)  # several patches: a convolution again
+    assert proj(larger).shape == (1, proj.out_channels, 1, 2, 2)
+    padded = nn.Conv3d(3, 4, 2, padding=1)
+    patches_as_products(nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": padded})}))
+    assert type(padded) is nn.Conv3d
