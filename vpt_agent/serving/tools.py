@@ -19,6 +19,7 @@ from pydantic import Field, JsonValue
 from vpt_agent.errors import ModelRetry, ToolDefinitionError, UserError
 from vpt_agent.serving.content import OUTPUT, failed, picture, said
 from vpt_agent.serving.workspace import ROOM, Room, Workspace, Workspaces
+from vpt_agent.tokens.grid import RegionPolicy
 from vpt_agent.tool import (
     Access,
     Pending,
@@ -50,12 +51,14 @@ OPEN = "open_image"
 class ServeOptions:
     """How tools are served. ``access``: what pictures may be named; ``room``: what clients may
     hold; ``seconds`` for one call, waiting included; ``longest`` side of a picture as it is sent,
-    in pixels; ``device`` and ``workers`` for the tools."""
+    in pixels; ``regions``: how cells of a grid become pixels (a model's own: `abilities.regions`);
+    ``device`` and ``workers`` for the tools."""
 
     access: Access = NOTHING
     room: Room = ROOM
     seconds: float = 120.0
     longest: int = 1568
+    regions: RegionPolicy = "published"
     device: str = "cpu"
     workers: int = 8
 
@@ -297,6 +300,7 @@ def _context(
         view=view or (opened[-1] if opened else None),
         rng=random.Random(f"0:{call.id.rpartition('-')[2]}"),
         deadline=ends,
+        regions=options.regions,
         device=options.device,
         access=options.access,
         crop=crop,

@@ -316,11 +316,23 @@ def _output(answer: CallToolResult) -> ToolOutput:
         else:
             texts.append(f"[{block.type} left out]")
     structured = answer.structured_content
+    names = _names(structured, len(pictures))
+    if names:  # a server of ours: its names for the pictures mean nothing here
+        texts = [text for text in texts if not text.startswith(names)]
+        structured = structured.get("result")
     if structured is not None and len(json.dumps(structured)) > _LONGEST_TEXT:
         structured = None
         texts.append("[structured content left out: it is too long]")
     text = _clean("\n".join(texts), _LONGEST_TEXT)
     return ToolOutput(views=pictures, text=text or None, structured=structured)
+
+
+def _names(structured: Any, pictures: int) -> tuple[str, ...]:
+    """How the lines begin with which a server of ours names the pictures of a result."""
+    views = structured.get("views") if isinstance(structured, Mapping) else None
+    if not isinstance(views, list) or len(views) != pictures:
+        return ()
+    return tuple(f"{view.get('id')}: " for view in views if isinstance(view, Mapping))
 
 
 def _decoded(data: str, before: int) -> Image.Image:

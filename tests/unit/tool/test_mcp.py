@@ -302,7 +302,8 @@ def test_our_own_server_mounted_in_our_own_registry() -> None:
     with over_http(served) as address:
         registry.mount_mcp(address, prefix="far_", pictures="image", only=["cut", "sleep"])
         result = call(registry["far_cut"], box=[0, 0, 4, 2], source="image_2")
-        assert result.structured["result"] == {"colour": [0, 0, 255]}
+        assert result.structured == {"colour": [0, 0, 255]}
+        assert result.text == '{"colour": [0, 0, 255]}', "names that hold over there are left out"
         assert [view.size for view in result.views] == [(4, 2)]
         error = call(registry["far_cut"], box=[90, 90, 95, 95]).error
         assert error is not None
