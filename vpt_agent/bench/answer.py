@@ -169,7 +169,8 @@ class Published:
         (view,) = load_views([self.data])
         if not crop or self.crop is None:
             return view
-        return replace(self.crop, image=view.image.crop(tuple(self.crop.box)))
+        left, upper, right, lower = self.crop.box
+        return replace(self.crop, image=view.image.crop((left, upper, right, lower)))
 
     def _base(self, procedure: PublishedProcedure, crops: list[bool]) -> tuple[Any, Any]:
         """Patches and grids; each picture is opened and cut twice, as published: once to count its

@@ -59,7 +59,7 @@ class PublishedProcedure:
     ) -> None:
         self.model, self.copies, self.clock = model, copies, clock
         rows = [row for row in model.table.rows if row.control is not None]
-        self.controls = {row.control: row for row in rows}
+        self.controls = {row.control: row for row in rows if row.control is not None}
         # With several kinds the release does neither correct nor feed two tokens.
         self.only = rows[0] if len(rows) == 1 else None
 

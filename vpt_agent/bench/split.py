@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from vpt_agent.bench.clock import Clock
-from vpt_agent.engine.core import Run
+from vpt_agent.engine.live import Run
 from vpt_agent.engine.sampling import Choice, Sampler
 from vpt_agent.trace import Event
 

@@ -95,7 +95,9 @@ def _run(command: Sequence[str]) -> tuple[Sample, str]:
     wall = time.perf_counter() - began
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InternalError("a measured process failed", where=command[1][:60].strip(), got=last)
+        raise InternalError(
+            "a measured process failed", where=command[1].strip().splitlines()[0], got=last
+        )
     return Sample(wall, _children() - before), done.stdout
 
 
