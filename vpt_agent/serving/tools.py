@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from vpt_agent.errors import ModelRetry, ToolDefinitionError, UserError
 from vpt_agent.serving.content import OUTPUT, failed, picture, said
 from vpt_agent.serving.workspace import ROOM, Room, Workspace, Workspaces
 from vpt_agent.tokens.grid import RegionPolicy
+from vpt_agent.tokens.table import PerceptionKind
 from vpt_agent.tool import (
     Access,
     Pending,
@@ -51,7 +52,7 @@ OPEN = "open_image"
 class ServeOptions:
     """How tools are served. ``access``: what pictures may be named; ``room``: what clients may
     hold; ``seconds`` for one call, waiting included; ``longest`` side of a picture as it is sent,
-    in pixels; ``regions``: how cells of a grid become pixels (a model's own: `abilities.regions`);
+    in pixels; ``regions`` and ``kinds``: a model's own grid, for clients that are such a model;
     ``device`` and ``workers`` for the tools."""
 
     access: Access = NOTHING
@@ -59,6 +60,7 @@ class ServeOptions:
     seconds: float = 120.0
     longest: int = 1568
     regions: RegionPolicy = "published"
+    kinds: Mapping[str, PerceptionKind] = field(default_factory=dict)
     device: str = "cpu"
     workers: int = 8
 
@@ -301,6 +303,7 @@ def _context(
         rng=random.Random(f"0:{call.id.rpartition('-')[2]}"),
         deadline=ends,
         regions=options.regions,
+        kinds=options.kinds,
         device=options.device,
         access=options.access,
         crop=crop,
