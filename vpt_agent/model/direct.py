@@ -11,8 +11,10 @@ B rows, L new tokens, S cache slots, D width, H heads, K key-value heads, G = H 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +63,23 @@ class _Layer(NamedTuple):
     between: Mapping[str, Any]
 
 
+class _Watched(NamedTuple):
+    """Modules by place and name, their hooks, and their own attributes (where a library that wraps
+    ``forward`` puts its own)."""
+
+    places: tuple[Mapping[str, Any], ...]
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    hooks: tuple[Mapping[int, Any], ...]
+    own: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[Mapping[str, Any], str, nn.Module]]) -> _Watched:
+        places, names, modules = zip(*found, strict=True)
+        hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        return cls(places, names, modules, tuple(hooks), tuple(m.__dict__ for m in modules))
+
+
 @dataclass(frozen=True, eq=False)
 class DirectDecoder:
     """A language model's layers. ``watched`` are modules by their place, which must stay as they
@@ -69,7 +88,7 @@ class DirectDecoder:
 
     text: Any
     layers: tuple[_Layer, ...]
-    watched: tuple[tuple[Mapping[str, Any], str, nn.Module], ...]
+    watched: _Watched
     heads: int
     kv_heads: int
     head_dim: int
@@ -101,7 +120,7 @@ class DirectDecoder:
         return cls(
             text=text,
             layers=layers,
-            watched=tuple(watched),
+            watched=_Watched.of(watched),
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
@@ -116,14 +135,17 @@ class DirectDecoder:
         )
 
     def fits(self) -> bool:
-        """Whether every module is still the one it was, without hooks."""
-        return not any(
-            place[name] is not module
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or "forward" in module.__dict__
-            for place, name, module in self.watched
-        )
+        """Whether every module is still the one it was, without hooks.
+
+        Asked before each token, so it runs in C: dicts, names and modules stand in lists.
+        """
+        watched = self.watched
+        return (
+            all(map(operator.is_, map(operator.getitem, watched.places, watched.names),
+                    watched.modules))
+            and not any(watched.hooks)
+            and not any(map(operator.contains, watched.own, repeat("forward")))
+        )  # fmt: skip
 
     def __call__(
         self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache
