@@ -6,10 +6,10 @@ tensors are the same, only renamed.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ def read_sam(path: Path) -> dict[str, Tensor]:
         raise CheckpointError("there is no such SAM checkpoint", where=path, fix="check the path")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         raise CheckpointError(
             "this SAM checkpoint cannot be read",
             where=path,
