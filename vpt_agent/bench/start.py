@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vpt_agent.bench.machine import stamp
 from vpt_agent.bench.timing import Sample, Spread, spreads
 from vpt_agent.errors import InternalError
 
@@ -136,6 +137,7 @@ def _figures(
     ]  # fmt: skip
     return {
         "what": "import",
+        "when": stamp(),
         "timer": "cpu",
         "processes": {name: spreads(own) for name, own in samples.items()},
         "import_loads_torch": torch_loaded,

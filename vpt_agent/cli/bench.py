@@ -125,6 +125,19 @@ def kernels(
     _done(figures, out, as_json, lines)
 
 
+@app.command()
+@clear_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where files of figures lie.")] = Path(
+        "benchmarks/results"
+    ),
+) -> None:
+    """The aims in files that were written with --out, as a table (markdown)."""
+    from vpt_agent.bench.report import report as table
+
+    typer.echo(table(folder))
+
+
 @app.command("import")
 @clear_errors
 def import_(
