@@ -3,6 +3,7 @@
 Pillow resizes here too: its integer arithmetic is the answer, and nothing in torch gives the same
 bits in less time. What is saved is all around it: of a NEAREST stage only the rows that are needed
 are unpacked, pixels are normalised line by line in planes, and patches are written once, in place.
+A picture that has its size already, in planes line by line (strides 3 W, 1, W), is not copied.
 """
 
 from __future__ import annotations
@@ -21,39 +22,37 @@ from vpt_agent.kernels.resample import nearest_index
 CACHED = 2**19  # bytes of values at a time
 
 
-def _resized(
-    image: npt.NDArray[np.uint8],
+def _lines(
+    image: Tensor,
     box: Sequence[int],
     stages: Sequence[Sequence[int]],
     size: Sequence[int],
     resample: Image.Resampling,
-) -> Image.Image:
+) -> npt.NDArray[np.uint8]:
+    """The resized picture in planes line by line, uint8 [H, 3, W]."""
     left, top, right, bottom = box
-    part = image[top:bottom, left:right]
+    part = image[top:bottom, left:right].numpy()
+    if not stages and tuple(size) == part.shape[:2]:
+        return part.transpose(0, 2, 1)
     if stages and stages[0][0] < bottom - top:
         part = part[nearest_index(bottom - top, stages[0][0])]
     picture = Image.fromarray(np.ascontiguousarray(part))
     for height, width in stages:
         picture = picture.resize((width, height), Image.Resampling.NEAREST)
-    return picture.resize((size[1], size[0]), resample)
-
-
-def _lines(picture: Image.Image) -> npt.NDArray[np.uint8]:
-    """Pixels of ``picture`` in planes line by line, uint8 [H, 3, W]."""
-    width, height = picture.size
+    picture = picture.resize((size[1], size[0]), resample)
     packed = np.frombuffer(picture.tobytes("raw", "RGB;L"), np.uint8)
-    return packed.reshape(height, 3, width)
+    return packed.reshape(size[0], 3, size[1])
 
 
 def _normalised(
     lines: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+) -> npt.NDArray[np.float32]:
     """Values of ``lines`` [H, 3, W], float32, rounded as the plain version's table."""
-    values = lines.astype(np.float32)
+    values = lines.astype(np.float32, order="C")
     values /= np.float32(255)
     values -= np.array(mean, np.float32)[:, None]
     values /= np.array(std, np.float32)[:, None]
-    return torch.from_numpy(values)
+    return values
 
 
 def _each(work: Sequence[Callable[[], None]]) -> None:
@@ -81,28 +80,26 @@ def look_cpu(
     temporal: int,
 ) -> Tensor:
     """As the plain version of ``vpt::look``."""
-    pixels = image.numpy()
     counts = [(h // patch) * (w // patch) for h, w in sizes.tolist()]
     stages = [[] for _ in counts] if pre_sizes is None else pre_sizes.tolist()
     result = torch.empty(sum(counts), 3 * temporal * patch * patch)
 
+    step, run = patch * merge, f"V{4 * patch}"  # a patch's row of values moves as one
+
     def write(
         rows: Tensor, box: Sequence[int], before: Sequence[Sequence[int]], size: Sequence[int]
     ) -> None:
-        small = _resized(pixels, box, before, size, Image.Resampling.BICUBIC)
-        lines, step = _lines(small), patch * merge
+        lines = _lines(image, box, before, size, Image.Resampling.BICUBIC)
         high, wide = size[0] // step, size[1] // step
-        # rows: blocks of merge x merge patches; within one: channel, time, y, x
-        blocks = rows.view(high, wide, merge, merge, 3, temporal, patch, patch)
+        # rows: blocks of merge x merge patches; within one: channel, time, y, (x)
+        blocks = rows.numpy().view(run).reshape(high, wide, merge, merge, 3, temporal, patch)
         strip = max(1, CACHED // (step * 3 * size[1] * 4))  # blocks whose values stay in the cache
         for first in range(0, high, strip):
             part = blocks[first : first + strip]
             values = _normalised(lines[first * step : (first + strip) * step], mean, std)
-            values = values.view(len(part), merge, patch, 3, wide, merge, patch)
-            values = values.permute(0, 4, 1, 5, 3, 2, 6)
-            part[:, :, :, :, :, 0].copy_(values)
-            for frame in range(1, temporal):
-                part[:, :, :, :, :, frame].copy_(part[:, :, :, :, :, 0])
+            runs = values.view(run).reshape(len(part), merge, patch, 3, wide, merge)
+            for frame in range(temporal):
+                part[:, :, :, :, :, frame] = runs.transpose(0, 4, 1, 5, 3, 2)
 
     parts = zip(result.split(counts), boxes.tolist(), stages, sizes.tolist(), strict=True)
     _each([lambda part=part: write(*part) for part in parts])  # type: ignore[misc]
@@ -123,12 +120,10 @@ def pixels_cpu(
     """As the plain version of ``vpt::pixels``."""
     resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
     pairs = [stages[i : i + 2] for i in range(0, len(stages), 2)]
-    small = _resized(image.numpy(), box, pairs, size, resample)
+    lines = _lines(image, box, pairs, size, resample)
     left, top, right, bottom = window
     high, wide = bottom - top, right - left
-    if (left, top, right, bottom) != (0, 0, *small.size):
-        small = small.crop((left, top, right, bottom))
-    values = _normalised(_lines(small), mean, std)  # [h, 3, w]
+    values = torch.from_numpy(_normalised(lines[top:bottom, :, left:right], mean, std))  # [h, 3, w]
     result = torch.empty(3, *canvas)
     result[:, :high, :wide].copy_(values.permute(1, 0, 2))
     result[:, high:].zero_()

@@ -42,25 +42,33 @@ def reduced(
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """The view's picture, uint8 [H, W, 3], and the NEAREST stages (height, width) still to do.
 
-    Of a resize (``stages``, then ``size``, all (width, height)) what makes the picture smaller is
-    done here, before it is copied: the kernels resize to the same bits, but most of a photograph's
-    pixels would be copied for nothing.
+    For kernels on the CPU: of a resize (``stages``, then ``size``, all (width, height)) what makes
+    the picture smaller, and the last step if it comes to that, is done here, where the picture need
+    not be copied first. The kernels resize to the same bits. What is done is stored in planes line
+    by line (strides 3 W, 1, W), as they read it.
     """
     image, left = view.image, list(stages)
     while left and _area(left[0]) < _area(image.size):
         image = image.resize(left.pop(0), Image.Resampling.NEAREST)
-    if not left and _area(size) < _area(image.size):
-        image = image.resize(size, resample)
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels, [(height, width) for width, height in left]
+    if left:
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+        return pixels, [(height, width) for width, height in left]
+    lines = bytearray(image.resize(size, resample).tobytes("raw", "RGB;L"))
+    return torch.frombuffer(lines, dtype=torch.uint8).view(size[1], 3, size[0]).mT, []
 
 
 def _area(size: Size) -> int:
     return size[0] * size[1]
 
 
-def look(views: Sequence[View], policy: ImagePolicy) -> Patches:
-    """Resize, normalise and cut ``views`` as ``policy`` says; a view with a parent is a crop."""
+def look(
+    views: Sequence[View], policy: ImagePolicy, *, device: torch.device | None = None
+) -> Patches:
+    """Resize, normalise and cut ``views`` as ``policy`` says; a view with a parent is a crop.
+
+    With another ``device`` than the CPU the pictures go there as they are, 8 bits a value, and its
+    kernel does the rest; a device without one is a :class:`UserError`.
+    """
     width = 3 * policy.temporal * policy.patch**2
     parts: list[torch.Tensor] = []
     grids: list[tuple[int, int, int]] = []
@@ -69,7 +77,10 @@ def look(views: Sequence[View], policy: ImagePolicy) -> Patches:
     for view in views:
         plan = policy.plan(view.size, crop=view.parent is not None)
         # Plans hold (width, height), kernels take (height, width).
-        image, before = reduced(view, plan.pre_sizes, plan.size)  # [H, W, 3]
+        if device is None or device.type == "cpu":
+            image, before = reduced(view, plan.pre_sizes, plan.size)  # [H, W, 3]
+        else:
+            image, before = pixels_of(view).to(device), [(h, w) for w, h in plan.pre_sizes]
         patches = kernels.look(
             image,
             [(0, 0, image.shape[1], image.shape[0])],

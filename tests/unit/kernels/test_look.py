@@ -85,6 +85,17 @@ def test_the_cpu_kernel_gives_the_plain_version_s_bits(seed: int) -> None:
         assert torch.equal(got, kernels.plain("pixels")(*more, bilinear))
 
 
+def test_a_picture_of_the_right_size_may_be_stored_in_planes_by_line() -> None:
+    image = _tensor(_picture(56, 84))
+    lines = image.mT.contiguous().mT
+    assert lines.stride() == (3 * 56, 1, 56)
+    boxes, sizes = [(0, 0, 56, 84), (0, 28, 28, 84), (0, 0, 28, 28)], [(84, 56), (56, 28), (56, 56)]
+    got = kernels.look(lines, boxes, sizes, mean=MEAN, std=STD)
+    assert torch.equal(got, kernels.look(image, boxes, sizes, mean=MEAN, std=STD))
+    args = ([0, 0, 56, 84], [], [84, 56], [3, 4, 50, 80], [80, 64], MEAN, STD, True)
+    assert torch.equal(torch.ops.vpt.pixels(lines, *args), kernels.plain("pixels")(image, *args))
+
+
 def test_regions_on_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     image = _tensor(_picture(200, 150))
     boxes = [(10 * i, 5 * i, 10 * i + 80, 5 * i + 60) for i in range(8)]

@@ -7,6 +7,8 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+from vpt_agent import kernels
+from vpt_agent.errors import UserError
 from vpt_agent.types import View
 from vpt_agent.vision import (
     DEFAULT_POLICY,
@@ -18,7 +20,8 @@ from vpt_agent.vision import (
     sam_pixels,
 )
 from vpt_agent.vision.encoders import IMAGENET_MEAN, IMAGENET_STD
-from vpt_agent.vision.policy import published_stages
+from vpt_agent.vision.patches import pixels_of
+from vpt_agent.vision.policy import ImagePolicy, PolicyKind, published_stages
 
 SIZES = [(300, 200), (90, 333), (700, 500), (64, 64), (1300, 40)]
 DINO = BitImageProcessorPil(
@@ -94,6 +97,33 @@ def test_patches_of_several_views() -> None:
     assert patches.kernels == ("vpt::look[cpu:direct]",)
     alone = look([crop], DEFAULT_POLICY)
     assert torch.equal(patches.pixel_values[34 * 46 :], alone.pixel_values)
+
+
+@pytest.mark.parametrize("kind", ["published", "fit", "native"])
+@pytest.mark.parametrize("size", [(640, 480), (1300, 700), (60, 20), (900, 3)])
+def test_what_is_resized_before_the_kernel_is_the_kernel_s_own(
+    kind: PolicyKind, size: tuple[int, int]
+) -> None:
+    view, policy = _view(size), ImagePolicy(kind=kind, longest=224)
+    plan = policy.plan(size)
+    stages = [[(h, w) for w, h in plan.pre_sizes]] if plan.pre_sizes else None
+    whole = kernels.plain("look")(
+        pixels_of(view),
+        torch.tensor([(0, 0, *size)]),
+        torch.tensor([plan.size[::-1]]),
+        None if stages is None else torch.tensor(stages),
+        list(policy.mean),
+        list(policy.std),
+        14,
+        2,
+        2,
+    )
+    assert torch.equal(look([view], policy).pixel_values, whole)
+
+
+def test_a_device_without_a_kernel_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no kernel.*got: meta"):
+        look([_view((64, 64))], PUBLISHED_POLICY, device=torch.device("meta"))
 
 
 def test_no_views() -> None:
