@@ -295,6 +295,8 @@ def _details(tool: PerceptionTool) -> list[str]:
     lines = [f"{name}: {_described(value)}" for name, value in _properties(tool).items()]
     if tool.needs:
         lines.append(f"needs {', '.join(sorted(tool.needs))}")
+    if tool.needs - {"view"}:
+        lines.append("not served over MCP: it needs a model")
     if tool.extra:
         lines.append(f"needs the extra {tool.extra} of its package")
     if tool.licence:

@@ -22,6 +22,7 @@ from mcp_types import (
     ListToolsResult,
     PaginatedRequestParams,
 )
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
 from vpt_agent import __version__
 from vpt_agent.errors import UserError
@@ -39,8 +40,6 @@ PATH = "/mcp"
 SESSION = "mcp-session-id"
 LOCAL = "local"
 """The session of the one client of a server that has one: over stdio."""
-
-_STATELESS = "2026-"
 
 
 def make_server(served: ServedTools) -> Server[Any]:
@@ -76,8 +75,8 @@ def session_of(context: ServerRequestContext[Any]) -> str | None:
     """What tells a client from others: the session of its transport; None if it has none."""
     if context.request is None:
         return LOCAL
-    if context.protocol_version.startswith(_STATELESS):
-        return None
+    if context.protocol_version not in HANDSHAKE_PROTOCOL_VERSIONS:
+        return None  # nobody has checked the header then: it could name another client's session
     header = context.request.headers.get(SESSION)
     return None if header is None else str(header)
 

@@ -151,6 +151,25 @@ def test_no_client_sees_what_another_opened(address: str, mode: str) -> None:
     asyncio.run(work())
 
 
+def test_the_session_of_another_client_cannot_be_named(served: ServedTools, address: str) -> None:
+    import httpx2
+    from mcp.client.streamable_http import streamable_http_client
+
+    async def work() -> None:
+        async with Client(address, mode="legacy") as victim:
+            await victim.call_tool("open_image", {"image": data_url()})
+            (key,) = served.spaces._held
+            stolen = httpx2.AsyncClient(headers={"mcp-session-id": key.removeprefix("session ")})
+            async with Client(streamable_http_client(address, http_client=stolen)) as thief:
+                assert thief.protocol_version.startswith("2026-")
+                assert texts(await thief.call_tool("seen", {})) == ["nothing"]
+                refused = await thief.call_tool("cut", {"source": "image_1", "box": [0, 0, 4, 4]})
+                assert kind(refused) == "unknown_source"
+            assert texts(await victim.call_tool("seen", {})) == ["image_1"]
+
+    asyncio.run(work())
+
+
 def test_ids_of_two_conversations_are_not_mixed(address: str) -> None:
     async def work(client: Client) -> None:
         ids = []
