@@ -18,7 +18,8 @@ _HEAD = """# Perception tools
 
 What ships with the library: one tool, one file. Made by `python -m vpt_agent.tool.catalogue {0}`.
 A call by perception tokens is spelled as in the table; every tool that needs no control state can
-be called as JSON too. [How to write one](../docs/write-a-tool.md);
+be called as JSON too. [What each one shows](../docs/tools.md);
+[how to write one](../docs/write-a-tool.md);
 [a package to start from](_template).
 
 | tool | for what | perception tokens | arguments | visual tokens added | to install | licence |
