@@ -9,6 +9,7 @@ from typing import Any
 
 from vpt_agent.errors import UserError
 
+WHAT = ("answer", "throughput", "kernels", "import")
 HEAD = "| measured | figure | aim | |\n|---|---|---|---|"
 
 
@@ -18,7 +19,7 @@ def report(folder: Path) -> str:
     rows, machines = [], []
     for file in sorted(folder.glob("*.json")):
         figures = _read(file)
-        if "aims" not in figures or "what" not in figures:
+        if figures.get("what") not in WHAT or "aims" not in figures:
             continue  # another command's figures
         for aim in figures["aims"]:
             bound = "≥" if aim["at_least"] else "≤"

@@ -29,9 +29,10 @@ takes beyond importing torch and transformers' Qwen2-VL classes."""
 CLASSES = "import torch; from transformers import Qwen2VLForConditionalGeneration"
 STAGES = """
 import json, sys, time
-from vpt_agent import PerceptionAgent
 at = [time.process_time()]
 {classes}
+at.append(time.process_time())
+from vpt_agent import PerceptionAgent
 at.append(time.process_time())
 agent = PerceptionAgent.from_pretrained(device="cpu")
 at.append(time.process_time())
@@ -110,7 +111,8 @@ def _children() -> float:
 def _stages(file: Path) -> dict[str, float]:
     """CPU seconds of the cold answer by stage."""
     printed = _run(["-c", STAGES.format(classes=CLASSES), str(file)])[1]
-    names = ("import vpt_agent", "torch and transformers' classes", "loading the model", "answer")
+    names = ("Python", "torch and transformers' classes", "the agent's own modules",
+             "loading the model", "answer")  # fmt: skip
     return dict(zip(names, json.loads(printed.strip().splitlines()[-1]), strict=True))
 
 

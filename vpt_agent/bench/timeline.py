@@ -120,6 +120,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
     below.set_yticks(range(2), [f"{way}, {figures[f'{key}dtype']}" for way, key in
                                 zip(ways, ("baseline_", ""), strict=True)])  # fmt: skip
     below.set_ylim(1.6, -0.6)
+    below.set_xlim(0, 1.1 * max(sum(figures[way]["parts"].values()) for way in ways))
     below.set_xlabel(f"seconds by part ({figures['timer']} time, medians)")
     below.legend(ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3))
     figure.savefig(path, dpi=110)
