@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 class TokenKey(NamedTuple):
     """What decides a token's keys and values, given all tokens before it: its id, its three
-    positions, and the features that stand for it (0: none) with its index among them."""
+    positions, and the features that stand for it (0: none) with its place among them."""
 
     token: int
     t: int
     h: int
     w: int
     features: int
-    index: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ def beginning_of(blocks: Iterable[Block]) -> Beginning:
     kept: list[Tensor] = []
     for block in blocks:
         first = len(keys)
-        places = block.positions.tolist()
-        keys += [TokenKey(*four, 0, 0) for four in zip(block.ids, *places, strict=True)]
+        t, h, w = block.positions.tolist()
+        for token, a, b, c in zip(block.ids, t, h, w, strict=True):
+            keys.append(TokenKey(token, a, b, c, 0, 0))
         for offset, tokens in block.visual:
             kept.append(tokens)
             for i in range(tokens.shape[0]):
                 at = first + offset + i
-                keys[at] = keys[at]._replace(features=id(tokens), index=i)
+                keys[at] = keys[at]._replace(features=id(tokens), place=i)
     return Beginning(keys, tuple(kept))
 
 

@@ -332,8 +332,8 @@ class PooledCache(ExplicitCache):
             return slice(at, at + ends[0] - starts[0])
         parts = []
         for row, start, end in zip(rows, starts, ends, strict=True):
-            at = np.arange(start, end)
-            parts.append(self._places[row, at // b] * b + at % b)
+            new = np.arange(start, end)
+            parts.append(self._places[row, new // b] * b + new % b)
         return torch.from_numpy(np.concatenate(parts)).to(self.shape.device)
 
     def _read(self, rows: Sequence[int], ends: Sequence[int], width: int) -> Tensor | slice:

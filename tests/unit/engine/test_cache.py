@@ -225,6 +225,6 @@ def test_features_are_told_apart_by_the_object_that_they_are() -> None:
     assert keys(one) == keys(one)
     assert keys(one)[0] == keys(same)[0]
     assert keys(one)[1] != keys(same)[1]
-    assert keys(one)[1] != keys(one)[2]._replace(index=0, features=0)
+    assert keys(one)[1] != keys(one)[2]._replace(place=0, features=0)
     moved = [Block([5, 6, 6, 7], positions + 1, ends, [(1, one)])]
     assert beginning_of(moved).keys[0] != keys(one)[0], "positions count, too"
