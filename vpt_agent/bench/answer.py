@@ -156,7 +156,9 @@ class Published:
 
     def run(self, clock: Clock | None = None, *, copies: bool = True) -> list[Generated]:
         """Both rounds; everything is computed anew."""
-        procedure = PublishedProcedure(self.loaded.model, copies=copies, clock=clock)
+        procedure = PublishedProcedure(
+            self.loaded.model, kind=self.kind.name, copies=copies, clock=clock
+        )
         first = Prompt(self.first, *self._base(procedure, [False]))
         forced = dict(enumerate(self.call))
         one = procedure.generate(first, len(self.call), forced=forced)
@@ -198,11 +200,10 @@ class Published:
         twice, then every token but the last twice; two tokens where a control token is fed."""
         passes: list[tuple[int, int]] = []
         row = self.loaded.model.table[self.kind.name]
-        kinds = [r for r in self.loaded.model.table.rows if r.control is not None]
         for prompt, said in ((self.first, self.call), (self.second, self.said)):
             passes += [(len(prompt), 0)] * 2
             for i, token in enumerate(said[:-1]):
-                both = len(kinds) == 1 and i > 0 and token == row.control
+                both = i > 0 and token == row.control
                 passes += [(2, len(prompt) + i - 1) if both else (1, len(prompt) + i)] * 2
         return passes
 

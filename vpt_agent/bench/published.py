@@ -47,21 +47,24 @@ class Generated:
 
 
 class PublishedProcedure:
-    """Generates as published. ``copies`` False leaves the copies of the cache out (one remains,
+    """Generates as published. ``kind`` is the one that may be called, if the model has several.
+    ``copies`` False leaves the copies of the cache out (one remains,
     without which two passes over the same tokens are not possible)."""
 
     def __init__(
         self,
         model: VPTForConditionalGeneration,
         *,
+        kind: str | None = None,
         copies: bool = True,
         clock: Clock | None = None,
     ) -> None:
         self.model, self.copies, self.clock = model, copies, clock
         rows = [row for row in model.table.rows if row.control is not None]
         self.controls = {row.control: row for row in rows if row.control is not None}
-        # With several kinds the release does neither correct nor feed two tokens.
-        self.only = rows[0] if len(rows) == 1 else None
+        # A released model has one kind with control tokens; of a model with several, one is named.
+        named = [row for row in rows if kind in (None, row.name)]
+        self.only = named[0] if len(named) == 1 else None
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Inside, time counts to ``name``."""
@@ -209,7 +212,13 @@ class _Row:
             if not len(places):
                 continue
             if int(places[0]) == 0:
-                raise UserError("a control token has no token before it", where="published")
+                # The release fails here as well where a call has two control tokens in a row.
+                raise UserError(
+                    "the published procedure cannot compute this: a control token has no token "
+                    "before it",
+                    where="PublishedProcedure",
+                    fix="measure a model whose calls have one control token",
+                )
             states = hidden[0, places - 1]  # [n, D]
             found = features.get(row.name, ())
             if found:

@@ -84,6 +84,14 @@ def test_a_baseline_in_another_dtype_has_the_aim_of_the_fastest_dtype() -> None:
     assert found["aims"][0]["wanted"] == 5.0
 
 
+def test_a_model_of_several_kinds_is_measured_by_the_one_that_is_forced() -> None:
+    dino = Settings(**(vars(SMALL) | {"force": "dino"}))
+    found = bench_answer(Loaded(*tiny_model(("clip", "dino", "sam"))), dino)
+    assert found["tokens_equal"]
+    with pytest.raises(UserError, match=r"published procedure cannot compute this.*one control"):
+        bench_answer(Loaded(*tiny_model(("clip",), controls=2)), SMALL)
+
+
 def test_the_shape_of_a_forced_answer() -> None:
     loaded = Loaded(*tiny_model(("clip",)))
     ours = Ours(loaded, SMALL, picture(84))
