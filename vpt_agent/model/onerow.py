@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 
 def takes(embeds: Tensor, mask: Tensor | None) -> bool:
-    """Whether this is one token [1, 1, D] on a CPU that may see its whole row."""
-    return mask is None and embeds.shape[:2] == (1, 1) and embeds.device.type == "cpu"
+    """Whether this is one token [1, 1, D] on a CPU that may see its whole row.
+
+    Not in float16: a row that waits for its norm's scale may be larger than float16 holds.
+    """
+    if mask is not None or embeds.shape[:2] != (1, 1) or embeds.device.type != "cpu":
+        return False
+    return embeds.dtype != torch.float16
 
 
 def one_row(decoder: DirectDecoder, embeds: Tensor, positions: Tensor, cache: Cache) -> Tensor:

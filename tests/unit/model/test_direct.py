@@ -90,6 +90,20 @@ def test_a_half_type_is_no_further_from_float32_than_transformers_is() -> None:
     assert 0 < ours < 1.2 * theirs
 
 
+def test_large_values_in_float16_stay_numbers() -> None:
+    model = tiny_model(("clip",))[0].to(torch.float16)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.fill_(8.0)
+    cache = Engine(model, ImagePolicy()).cache
+    row = cache.allocate()
+    embeds = torch.full((1, 1, model.config.text_config.hidden_size), 3e4, dtype=torch.float16)
+    with torch.inference_mode():
+        assert model._direct_decoder() is not None
+        mask = cache.begin([row], [1])
+        hidden = model.run_language_model(embeds, torch.zeros(3, 1, 1).long(), mask, cache)
+    assert hidden.isfinite().all()
+
+
 def test_what_was_changed_is_computed_by_transformers() -> None:
     model = tiny_model(("clip",))[0]
     with torch.inference_mode():
