@@ -93,6 +93,30 @@ def packed(regions: Sequence[Region]) -> tuple[npt.NDArray[np.int32], npt.NDArra
 
 
 @triton.jit
+def _made_line(source, table, a, on, first, step, old, taps, lines, weights, BITS: tl.constexpr):
+    """First pass: new pixels ``a`` of one old line; ``first`` the old pixel that each begins at."""
+    made = tl.full(a.shape, 1 << (BITS - 1), tl.int32)
+    # "while", since range() over values is broken in Triton 3.6's interpreter under numpy 2.4.
+    tap = 0
+    while tap < taps:
+        weight = tl.load(table + weights + a * taps + tap, mask=on, other=0)
+        place = tl.load(table + lines + tl.minimum(first + tap, old - 1), mask=on, other=0)
+        made += tl.load(source + place * step, mask=on, other=0).to(tl.int32) * weight
+        tap += 1
+    return tl.minimum(tl.maximum(made >> BITS, 0), 255)
+
+
+@triton.jit
+def _place(x, y, wide, row, wide_patch, high_patch, MERGE: tl.constexpr, TEMPORAL: tl.constexpr):
+    """Where pixel (x, y) of the first channel and frame stands among the patches."""
+    patch_x, patch_y = x // wide_patch, y // high_patch
+    block = (patch_y // MERGE) * wide + patch_x // MERGE
+    patch = row + (block * MERGE + patch_y % MERGE) * MERGE + patch_x % MERGE
+    inside = (y % high_patch) * wide_patch + x % wide_patch
+    return patch.to(tl.int64) * (3 * TEMPORAL * high_patch * wide_patch) + inside
+
+
+@triton.jit
 def _look_kernel(
     image,
     line,
@@ -131,20 +155,12 @@ def _look_kernel(
         begin = tl.load(table + first_b + start_b)
         last = tl.load(table + first_b + tl.minimum(start_b + TILE_B, n_b) - 1)
         total = tl.full((TILE_B, 4 * TILE_A), 1 << (BITS - 1), tl.int32)
-        # "while", since range() over values is broken in Triton 3.6's interpreter under numpy 2.4.
         old, end = begin, tl.minimum(last + k_b, old_b)
         while old < end:
             source = image + tl.load(table + map_b + old) * step_b + channel
-            made = tl.full((4 * TILE_A,), 1 << (BITS - 1), tl.int32)
-            tap = 0
-            while tap < k_a:
-                place = tl.minimum(from_a + tap, old_a - 1)
-                weight = tl.load(table + weights_a + a * k_a + tap, mask=on_a, other=0)
-                column = tl.load(table + map_a + place, mask=on_a, other=0)
-                pixel = tl.load(source + column * step_a, mask=on_a, other=0)
-                made += pixel.to(tl.int32) * weight
-                tap += 1
-            made = tl.minimum(tl.maximum(made >> BITS, 0), 255)
+            made = _made_line(
+                source, table, a, on_a, from_a, step_a, old_a, k_a, map_a, weights_a, BITS
+            )
             tap_b = old - from_b
             used = on_b & (tap_b >= 0) & (tap_b < k_b)
             weight_b = tl.load(table + weights_b + b * k_b + tap_b, mask=used, other=0)
@@ -155,12 +171,8 @@ def _look_kernel(
         value = tl.load(levels + level * 3 + channel[None, :], mask=on, other=0.0)
         x = tl.where(swap != 0, b[:, None], a[None, :])
         y = tl.where(swap != 0, a[None, :], b[:, None])
-        patch_x, patch_y = x // wide_patch, y // high_patch
-        block = (patch_y // MERGE) * wide + patch_x // MERGE
-        patch = row + (block * MERGE + patch_y % MERGE) * MERGE + patch_x % MERGE
-        inside = (y % high_patch) * wide_patch + x % wide_patch
         plane = high_patch * wide_patch
-        target = out + patch.to(tl.int64) * (3 * TEMPORAL * plane) + inside
+        target = out + _place(x, y, wide, row, wide_patch, high_patch, MERGE, TEMPORAL)
         for frame in tl.static_range(TEMPORAL):
             tl.store(target + (channel[None, :] * TEMPORAL + frame) * plane, value, mask=on)
 

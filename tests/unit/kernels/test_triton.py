@@ -169,7 +169,7 @@ CONSTANTS = dict(MERGE=2, TEMPORAL=2, BITS=22, TILE_A=16, TILE_B=16, BLOCK=256, 
 
 for module in (look_triton, rows_triton):
     for name, kernel in vars(module).items():
-        if not isinstance(kernel, triton.JITFunction):
+        if not (isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")):
             continue
         types, constants = {}, {}
         for place, argument in enumerate(kernel.arg_names):
