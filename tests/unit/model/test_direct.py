@@ -172,3 +172,14 @@ def test_patches_as_products_are_the_convolution() -> None:
     padded = nn.Conv3d(3, 4, 2, padding=1)
     patches_as_products(nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": padded})}))
     assert type(padded) is nn.Conv3d
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 16, 64, 65])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_of_any_number_of_rows_are_those_of_torch(rows: int, biased: bool) -> None:
+    linear = nn.Linear(40, 24, bias=biased)
+    x = torch.randn(rows, 1, 40)
+    with torch.no_grad():
+        made = times(x, linear.weight, linear.bias)
+        torch.testing.assert_close(made, linear(x), atol=1e-5, rtol=0)
+    assert made.is_contiguous()
