@@ -106,6 +106,8 @@ def test_each_kind_runs_and_nothing_is_computed_twice(
         assert control.shape == (1, agent.model.config.get_text_config().hidden_size)
     finished = next(e for e in answer.trace.events if e.type == "tool_finished")
     assert bool(finished.kernels) == (tool != "crop_region"), "the trace names the kernel"
+    appended = next(e for e in answer.trace.events if e.type == "perception_appended")
+    assert appended.kernels == ("vpt::splice[cpu:plain]",)
 
 
 def test_batch_equals_single_runs_for_every_kind(agent: PerceptionAgent) -> None:
