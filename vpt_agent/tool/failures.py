@@ -43,7 +43,10 @@ def attempt(step: Callable[[], None]) -> BaseException | None:
         step()
     except RAISED:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # SystemExit, asyncio's CancelledError, a test framework's own: none may end the run.
         return error
     return None
 

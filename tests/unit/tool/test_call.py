@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -170,6 +171,8 @@ SECRET = "/home/somebody/secret"
         (ValueError(SECRET), "tool_failed", "tool failed: ValueError"),
         (KeyError(SECRET), "tool_failed", "tool failed: KeyError"),
         (SystemExit(SECRET), "tool_failed", "tool failed: SystemExit"),
+        (GeneratorExit(SECRET), "tool_failed", "tool failed: GeneratorExit"),
+        (asyncio.CancelledError(SECRET), "tool_failed", "tool failed: CancelledError"),
         (RecursionError(SECRET), "tool_failed", "tool failed: RecursionError"),
         (AssertionError(SECRET), "tool_failed", "tool failed: AssertionError"),
         (MemoryError(SECRET), "tool_failed", "tool ran out of memory"),
@@ -204,6 +207,12 @@ def test_a_failing_tool_is_a_result(
 def test_faults_that_no_call_can_cause_are_raised(error: Exception, timeout: float | None) -> None:
     with pytest.raises(type(error), match=str(error)):
         execute(failing(error, timeout), call(), lambda: CONTEXT)
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_the_user_s_interrupt_is_raised(timeout: float | None) -> None:
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        execute(failing(KeyboardInterrupt("stop"), timeout), call(), lambda: CONTEXT)
 
 
 def test_an_output_that_cannot_be_is_raised_and_a_broken_picture_is_not() -> None:
