@@ -27,7 +27,7 @@ DEFAULT_GRID = 8
 
 
 MOST_PIXELS = 16_000_000
-"""Pixels that an enlarged crop may have."""
+"""Pixels that the enlarged crops of a call may have, all together."""
 
 
 @perception_tool(timeout=30.0, licence="Apache-2.0", version=2)
@@ -68,7 +68,7 @@ def crop_region(
         context.crop(view, in_view(values, frame, view, grid=cells, policy=context.regions))
         for values in boxes
     ]
-    crops = [_enlarged(crop, enlarge or 1.0) for crop in crops]
+    crops = _enlarged(crops, enlarge or 1.0)
     if not rotate:
         return crops
     # A turned picture has frames of its own: boxes on it mean its own pixels.
@@ -92,15 +92,22 @@ _TURNS = {
 }
 
 
-def _enlarged(crop: View, factor: float) -> View:
-    """The same part of the original in more pixels."""
-    width, height = (max(1, round(side * factor)) for side in crop.size)
-    if (width, height) == crop.size:
-        return crop
-    if width * height > MOST_PIXELS:
-        most = (MOST_PIXELS / (crop.size[0] * crop.size[1])) ** 0.5
-        raise ModelRetry(f"enlarge={factor:g} makes {width} x {height} pixels; at most {most:.1f}")
-    return replace(crop, image=crop.image.resize((width, height), Image.Resampling.BICUBIC))
+def _enlarged(crops: Sequence[View], factor: float) -> list[View]:
+    """The same parts of the original in more pixels."""
+    sizes = [
+        (max(1, round(w * factor)), max(1, round(h * factor))) for w, h in (c.size for c in crops)
+    ]
+    pixels = sum(w * h for w, h in sizes)
+    if factor > 1 and pixels > MOST_PIXELS:
+        most = (MOST_PIXELS / sum(w * h for w, h in (c.size for c in crops))) ** 0.5
+        shown = " + ".join(f"{w} x {h}" for w, h in sizes[:3]) + (" + ..." if sizes[3:] else "")
+        raise ModelRetry(f"enlarge={factor:g} makes {shown} pixels; at most {max(1.0, most):.1f}")
+    return [
+        crop
+        if size == crop.size
+        else replace(crop, image=crop.image.resize(size, Image.Resampling.BICUBIC))
+        for crop, size in zip(crops, sizes, strict=True)
+    ]
 
 
 def _grid(context: ToolContext) -> int:

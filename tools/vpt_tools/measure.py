@@ -59,7 +59,7 @@ def measure(
     if scale is not None and what != "colour":
         power = 2 if what == "area" else 1
         amount = float(str(values["pixels"])) * scale**power
-        values |= {"amount": round(amount, 6), "unit": f"{unit}^2" if power == 2 else unit}
+        values |= {"amount": float(f"{amount:.10g}"), "unit": f"{unit}^2" if power == 2 else unit}
         told += f"; {amount:.6g} {values['unit']}"
     drawn = [context.redrawn(view, _shown(view, marks, area, what))] if show else []
     return ToolOutput(

@@ -189,6 +189,16 @@ def test_what_would_be_too_large_is_told() -> None:
     assert "makes 24000 x 16000 pixels; at most 1.6" in result.error.message
 
 
+def test_the_crops_of_a_call_are_bounded_together() -> None:
+    context = ToolContext(views={"image_1": picture(size=(3000, 2000))})
+    boxes = [[0, 0, 1500, 1000]] * 16  # each alone would fit, enlarged twice
+    result = crop(context, box=boxes, enlarge=2)
+    assert result.error is not None
+    assert "3000 x 2000 + ... pixels; at most 1.0" in result.error.message
+    assert len(crop(context, box=boxes[:2], enlarge=2).views) == 2
+    assert len(crop(context, box=boxes, enlarge=1).views) == 16
+
+
 def test_tiny_and_thin_pictures_can_be_cropped() -> None:
     for size in [(1, 1), (3, 5), (4000, 1), (1, 4000)]:
         context = ToolContext(views={"image_1": picture(size=size)})

@@ -34,6 +34,11 @@ def test_with_a_scale_there_are_units() -> None:
     assert (values(result)["amount"], values(result)["unit"]) == (50, "mm^2")
 
 
+def test_a_small_scale_loses_no_digits() -> None:
+    result = call(measure, what="area", box=[0, 0, 10, 20], scale=2.5e-7, unit="m")
+    assert values(result)["amount"] == pytest.approx(1.25e-11, rel=1e-9)
+
+
 def test_areas_of_boxes_and_shapes() -> None:
     found = values(call(measure, what="area", box=[0, 0, 50, 40]))
     assert found["pixels"] == 2000
