@@ -230,6 +230,19 @@ def test_broken_and_unknown_calls_are_told_and_can_be_mended(image: Image.Image)
     assert said["tool_calls"][1]["function"]["arguments"] == "{}"
 
 
+@pytest.mark.parametrize("written", ["[" * 50_000, '{"box": ' * 50_000])
+def test_arguments_nested_without_end_are_an_error_of_the_call(
+    image: Image.Image, written: str
+) -> None:
+    with ScriptedServer([Say(calls=[("where", written)]), Say("Good.")]) as server:
+        answer = agent_on(server).run("Where?", image)
+        sent = server.requests[-1]["messages"][-2]["tool_calls"][0]["function"]["arguments"]
+    assert (answer.status, answer.text) == ("answered", "Good.")
+    assert sent == "{}"  # what no server could read is not sent back
+    (error,) = told(answer, "tool_rejected")
+    assert error.error.kind == "invalid_json"
+
+
 def test_calls_in_the_words_are_found_too(image: Image.Image) -> None:
     call = '{"name": "where", "arguments": {"box": [0, 0, 1000, 1000]}}'
     text = f"So.\n<tool_call>\n{call}\n</tool_call>"

@@ -370,9 +370,10 @@ def _library() -> _Library:
         OSError,
         openai.APIError,
         transport.HTTPError,
-        # A line of a stream that is no JSON, or no text.
+        # A line of a stream that is no JSON, no text, or nested without end.
         json.JSONDecodeError,
         UnicodeDecodeError,
+        RecursionError,
     )
     return _Library(
         openai.OpenAI,

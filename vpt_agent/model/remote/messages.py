@@ -107,7 +107,7 @@ def _sendable(arguments: str) -> str:
     the model wrote is in the trace."""
     try:
         found = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return arguments if isinstance(found, dict) else "{}"
 
