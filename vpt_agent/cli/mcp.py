@@ -61,12 +61,15 @@ def mcp(
     """Serve the perception tools over MCP: to the program that starts this one, or over HTTP.
 
     Over HTTP, requests must bear the token in VPT_AGENT_MCP_TOKEN if it is set; on an address that
-    other machines reach it must be. Tools that need a model (a control state, an encoder) are not
-    served.
+    other machines reach it must be. Tools that need a model (a control state, an encoder), or that
+    lack an extra or a checkpoint, are not served.
     """
     registry = with_tools(more)
     if only:
         registry = ToolRegistry([registry[each] for each in only])
+        for tool in registry:
+            if (error := tool.lacks()) is not None:
+                raise error
     if not seconds > 0:
         raise UserError("a call needs time", where="--seconds", got=seconds, expected="more than 0")
     access = Access(roots=tuple(root or ()), urls=allow_urls)

@@ -92,8 +92,17 @@ def left_out(tool: PerceptionTool) -> str | None:
     return None
 
 
+def _lacks(tool: PerceptionTool) -> str | None:
+    """What is missing here for a tool to work, and how to get it. No paths: clients read it."""
+    error = tool.lacks()
+    if error is None:
+        return None
+    return error.what if error.fix is None else f"{error.what}; {error.fix}"
+
+
 class ServedTools:
-    """Lists and answers; for all clients of a server. ``left_out`` says what is not served, why.
+    """Lists and answers; for all clients of a server. ``left_out`` says what is not served, why:
+    what only a model can give, or what is not installed here.
 
     Raises :class:`ToolDefinitionError` if a tool has the name of the server's own.
     """
@@ -101,7 +110,7 @@ class ServedTools:
     def __init__(self, registry: ToolRegistry, options: ServeOptions = ServeOptions()) -> None:
         self.options = options
         self.spaces = Workspaces(options.room)
-        reasons = {tool.name: left_out(tool) for tool in registry}
+        reasons = {tool.name: left_out(tool) or _lacks(tool) for tool in registry}
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         self.registry = ToolRegistry(t for t in registry if t.name not in self.left_out)
         self.registry.failed = registry.failed

@@ -15,9 +15,10 @@ from vpt_agent.agent import PerceptionAgent
 from vpt_agent.cli import app
 from vpt_agent.cli import ask as ask_module
 from vpt_agent.cli import tools as tools_module
+from vpt_agent.errors import MissingExtraError
 from vpt_agent.serving import mcp_server
 from vpt_agent.serving.tools import ServedTools
-from vpt_agent.tool import ToolRegistry
+from vpt_agent.tool import PerceptionTool, ToolRegistry
 
 
 def run(*words: str) -> Result:
@@ -39,6 +40,29 @@ def test_what_is_served_and_what_not() -> None:
     assert lines[-1].startswith("reencode: not served: it needs the encoder clip")
     only = run("mcp", "--list", "--only", "cut")
     assert [line.partition(":")[0] for line in only.output.splitlines()] == ["open_image", "cut"]
+
+
+def test_what_lacks_something_is_not_served_and_is_an_error_when_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Weighed(PerceptionTool):
+        """Weigh a thing."""
+
+        name = "weigh"
+
+        def run(self, arguments: object, context: object) -> str:
+            return "heavy"
+
+        def lacks(self) -> MissingExtraError:
+            return MissingExtraError("it has no scales", got="/home/x", fix="get some")
+
+    monkeypatch.setattr(tools_module, "installed", lambda: ToolRegistry([*TOOLS, Weighed]))
+    lines = run("mcp", "--list").output.splitlines()
+    assert lines[-1] == "weigh: not served: it has no scales; get some"
+    assert not any(line.startswith("weigh: Weigh") for line in lines)
+    named = run("mcp", "--list", "--only", "weigh")
+    assert named.exit_code == 1
+    assert "it has no scales" in named.stderr
 
 
 @pytest.mark.parametrize(
