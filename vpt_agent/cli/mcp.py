@@ -33,6 +33,15 @@ def _served(registry: ToolRegistry, access: Access, device: str, seconds: float)
     return ServedTools(registry, ServeOptions(access=access, device=device, seconds=seconds))
 
 
+def _chosen(registry: ToolRegistry, names: list[str]) -> ToolRegistry:
+    """The tools that a person named; they must lack nothing."""
+    chosen = ToolRegistry([registry[each] for each in names])
+    for tool in chosen:
+        if (error := tool.lacks()) is not None:
+            raise error
+    return chosen
+
+
 @clear_errors
 def mcp(
     more: From = None,
@@ -66,10 +75,7 @@ def mcp(
     """
     registry = with_tools(more)
     if only:
-        registry = ToolRegistry([registry[each] for each in only])
-        for tool in registry:
-            if (error := tool.lacks()) is not None:
-                raise error
+        registry = _chosen(registry, only)
     if not seconds > 0:
         raise UserError("a call needs time", where="--seconds", got=seconds, expected="more than 0")
     access = Access(roots=tuple(root or ()), urls=allow_urls)
