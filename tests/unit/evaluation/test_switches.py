@@ -46,10 +46,10 @@ def watched(
     inputs = agent.engine._inputs
     embeddings: dict[int, list[Tensor]] = {}
 
-    def spy(feeds, counts, width):  # type: ignore[no-untyped-def]
-        embeds, positions = inputs(feeds, counts, width)
-        for b, feed in enumerate(feeds):
-            for offset, token in enumerate(feed.block.ids):
+    def spy(blocks, counts, width):  # type: ignore[no-untyped-def]
+        embeds, positions = inputs(blocks, counts, width)
+        for b, block in enumerate(blocks):
+            for offset, token in enumerate(block.ids):
                 embeddings.setdefault(token, []).append(embeds[b, offset].clone())
         return embeds, positions
 
