@@ -1,11 +1,13 @@
-"""Measures the shipped model, and writes the figures where the README and the manifest read them.
+"""Measures a model on the first version's questions: tags to be read, nothing else.
 
-    python benchmarks/nano.py measure --out benchmarks/results/nano.json [--baselines EVAL.json]
-    python benchmarks/nano.py readme  --figures benchmarks/results/nano.json
+    python benchmarks/nano.py --out FILE [--model CHECKPOINT] [--baselines EVAL.json]
 
-`measure` asks one question on each of 1000 scenes per split, through the agent: looking, and with
-looking forbidden. The two splits run in two processes of one thread each. `--baselines` takes the
-JSON that `python -m vpt_agent.nano.recipe --stage eval` wrote, whose baselines are not shipped.
+Asks one question on each of 1000 scenes per split, through the agent: looking, and with looking
+forbidden; also the positions that the published procedure would compute for the same answers. The
+two splits run in two processes of one thread each. `--baselines` takes the JSON that `python -m
+vpt_agent.nano.recipe --stage eval` wrote, whose baselines are not shipped. What the model that
+ships can do beyond that, `benchmarks/perception.py` measures. `results/nano.json` is of the second
+weights.
 """
 
 from __future__ import annotations
@@ -19,9 +21,6 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- figures: nano -->", "<!-- figures end -->"
 
 
 def measure_split(job: tuple[str, int, str | None]) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as the README shows them."""
+    """The figures as a table."""
     rows = ["| | new scenes | new fonts and backgrounds |", "|---|---|---|"]
 
     def row(name: str, values: list[float]) -> None:
@@ -121,30 +120,14 @@ def _baselines(told: dict[str, Any]) -> list[tuple[str, list[float]]]:
     ]
 
 
-def readme(args: argparse.Namespace) -> None:
-    """Put the table of a file into the README."""
-    figures = json.loads(args.figures.read_text())
-    text = README.read_text()
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1] if END in rest else rest
-    README.write_text(f"{before}{BEGIN}\n{table(figures)}\n{END}{after}")
-
-
 def main() -> None:
     """The command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("measure")
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--scenes", type=int, default=1000)
-    one.add_argument("--model", default=None)
-    one.add_argument("--baselines", type=Path)
-    one.set_defaults(run=measure)
-    two = commands.add_parser("readme")
-    two.add_argument("--figures", type=Path, required=True)
-    two.set_defaults(run=readme)
-    args = parser.parse_args()
-    args.run(args)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--baselines", type=Path)
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -192,9 +192,11 @@ def _differences(
         switched = name not in plain
         if not switched and choice == "none":
             continue  # what others are compared with
-        for against, other in plain.items():
-            if other["tool_choice"] != (choice if switched else "none") or against == name:
-                continue
+        wanted = choice if switched else "none"
+        others = [a for a, o in plain.items() if o["tool_choice"] == wanted and a != name]
+        # "clip, noise" is compared with "clip", not with every way of calling it without a switch.
+        own = [a for a in others if switched and name.startswith(f"{a}, ")]
+        for against in own or others:
             if not by_setting[against]:
                 continue
             types = sorted({r.type for r in rows if r.counts})
