@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vpt_agent.tool.context import ToolContext
+
+LONGEST_TEXT: Final = 20_000
+"""Letters of a result's text that a model is told; the rest stands in the trace. Half a million took
+15 seconds to become tokens, before the limit on context left them out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,8 @@ def to_result(
 
     A picture that is no :class:`View` becomes an original of its own: nothing says which part of
     the original it shows (:meth:`ToolContext.crop` and :meth:`ToolContext.redrawn` do).
-    ``metadata`` is what the call path has to say; the tool's own goes over it.
+    ``metadata`` is what the call path has to say; the tool's own goes over it. A text of more than
+    LONGEST_TEXT letters is cut, and stands whole in ``metadata["whole_text"]``.
     """
     merged = _Merged(owner, call, context)
     for part in output if isinstance(output, list | tuple) else [output]:
@@ -63,6 +68,9 @@ def to_result(
     if text is None and merged.structured:
         # The model reads text; without any it would not learn the values.
         text = json.dumps(merged.plain(), ensure_ascii=False)
+    if text is not None and len(text) > LONGEST_TEXT:
+        merged.metadata["whole_text"] = text
+        text = f"{text[:LONGEST_TEXT]}\n[cut: {len(text) - LONGEST_TEXT} more letters]"
     return ToolResult(
         call_id=call.id,
         name=call.name,

@@ -10,7 +10,7 @@ from PIL import Image
 from vpt_agent.errors import ImageError, ModelRetry, ToolDefinitionError, ToolFailed, UserError
 from vpt_agent.tokens.table import CLIP, REGION
 from vpt_agent.tool import ToolContext, ToolOutput
-from vpt_agent.tool.output import to_result
+from vpt_agent.tool.output import LONGEST_TEXT, to_result
 from vpt_agent.types import Box, ToolCall, ToolResult, View, VisualFeatures
 
 
@@ -171,3 +171,12 @@ class _Broken(Image.Image):
 
     def load(self) -> None:
         raise OSError("file is truncated")
+
+
+def test_a_long_text_is_cut_for_the_model_and_whole_in_the_trace() -> None:
+    long = "x" * (LONGEST_TEXT + 7)
+    cut = result(long)
+    assert cut.text == "x" * LONGEST_TEXT + "\n[cut: 7 more letters]"
+    assert cut.metadata["whole_text"] == long
+    assert result(long[7:]).text == long[7:]
+    assert "whole_text" not in result(long[7:]).metadata
