@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vpt_agent.tool.context import ToolContext
 
 LONGEST_TEXT: Final = 20_000
-"""Letters of a result's text that a model is told; the rest stands in the trace. Half a million took
+"""Letters of a result's text that a model is told; the trace has all. Half a million took
 15 seconds to become tokens, before the limit on context left them out."""
 
 
