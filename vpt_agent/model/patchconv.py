@@ -3,12 +3,17 @@
 It is a convolution whose kernel and stride are the patch, over inputs that are one patch each: one
 product a patch. Written as one it takes a sixth of the time on a CPU in float32 and a tenth in
 bfloat16 (1024 patches, one thread: 24 and 35 ms as a convolution, 4 and 3 as a product).
+
+Outside of inference mode, which the engine uses, it stays the convolution: the product rounds in
+another order, and one logit of the release's training passes (sam_tied, two threads) then lies
+1.4e-4 from its golden value instead of 0.8e-4, the tolerance being 1e-4.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +23,7 @@ class PatchProduct(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Each patch's product with the kernels."""
-        if tuple(input.shape[2:]) != tuple(self.kernel_size):
+        if not torch.is_inference_mode_enabled() or tuple(input.shape[2:]) != self.kernel_size:
             return super().forward(input)
         made = functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
         return made[:, :, None, None, None]

@@ -166,9 +166,13 @@ def test_patches_as_products_are_the_convolution() -> None:
     assert type(proj) is PatchProduct
     patches = torch.randn(5, 3, 2, 14, 14)
     wanted = nn.functional.conv3d(patches, proj.weight, stride=(2, 14, 14))
-    assert torch.allclose(proj(patches), wanted, atol=1e-5)
+    assert torch.equal(proj(patches), wanted)  # the convolution itself, for training
     larger = torch.randn(1, 3, 2, 28, 28)  # several patches: a convolution again
-    assert proj(larger).shape == (1, proj.out_channels, 1, 2, 2)
+    with torch.inference_mode():
+        flat = nn.functional.linear(patches.flatten(1), proj.weight.flatten(1))
+        assert torch.equal(proj(patches).flatten(1), flat)
+        assert torch.allclose(proj(patches), wanted, atol=1e-5)
+        assert proj(larger).shape == (1, proj.out_channels, 1, 2, 2)
     padded = nn.Conv3d(3, 4, 2, padding=1)
     patches_as_products(nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": padded})}))
     assert type(padded) is nn.Conv3d
