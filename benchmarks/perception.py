@@ -229,6 +229,8 @@ def figures_of(args: argparse.Namespace, found: list[Done]) -> dict[str, Any]:
         if not folders:
             continue
         told = summarise(sorted(folders))
+        for model in told["models"].values():  # the folder's name, not where it lies
+            model["name"] = Path(str(model["name"])).name
         for states in told["states"].values():
             for key in ("points", "types"):
                 states[key] = states.get(key, [])[:POINTS]
