@@ -36,8 +36,8 @@ def _served(registry: ToolRegistry, access: Access, device: str, seconds: float)
 def _chosen(registry: ToolRegistry, names: list[str]) -> ToolRegistry:
     """The tools that a person named; they must lack nothing."""
     chosen = ToolRegistry([registry[each] for each in names])
-    for tool in chosen:
-        if (error := tool.lacks()) is not None:
+    for each in names:
+        if (error := registry.lacks(each)) is not None:
             raise error
     return chosen
 

@@ -92,9 +92,9 @@ def left_out(tool: PerceptionTool) -> str | None:
     return None
 
 
-def _lacks(tool: PerceptionTool) -> str | None:
+def _lacks(registry: ToolRegistry, tool: PerceptionTool) -> str | None:
     """What is missing here for a tool to work, and how to get it. No paths: clients read it."""
-    error = tool.lacks()
+    error = registry.lacks(tool.name)
     if error is None:
         return None
     return error.what if error.fix is None else f"{error.what}; {error.fix}"
@@ -110,7 +110,7 @@ class ServedTools:
     def __init__(self, registry: ToolRegistry, options: ServeOptions = ServeOptions()) -> None:
         self.options = options
         self.spaces = Workspaces(options.room)
-        reasons = {tool.name: left_out(tool) or _lacks(tool) for tool in registry}
+        reasons = {tool.name: left_out(tool) or _lacks(registry, tool) for tool in registry}
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         self.registry = ToolRegistry(t for t in registry if t.name not in self.left_out)
         self.registry.failed = registry.failed

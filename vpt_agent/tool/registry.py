@@ -83,6 +83,7 @@ class ToolRegistry:
         self.failed: tuple[FailedTool, ...] = ()
         """What :meth:`from_entry_points` could not load, or left out."""
         self._installed: set[str] = set()
+        self._packages: dict[str, str] = {}
         self.access = NOTHING
         """Files and addresses that its tools may read when arguments name them."""
         self.add_all(tools)
@@ -103,6 +104,7 @@ class ToolRegistry:
         whole = [each for each in found if lacks.get(id(each)) is None]
         failed += [_left_out(e, error) for e in found if (error := lacks.get(id(e))) is not None]
         registry._add((each.tool, each.owner) for each in whole)
+        registry._packages = {each.tool.full_name: each.package for each in whole}
         registry.failed, registry._installed = tuple(failed), set(registry._tools)
         return registry
 
@@ -129,6 +131,12 @@ class ToolRegistry:
         names = {tool.name for tool in new.values()}
         registry.failed = tuple(each for each in registry.failed if each.name not in names)
         return registry
+
+    def lacks(self, name: str) -> VPTError | None:
+        """What has to be done before a tool can be called: by its own word, else by the extra of
+        the package that it was installed with; None: nothing."""
+        tool = self[name]
+        return lacking(tool, self._packages.get(tool.full_name, ""))
 
     @property
     def given(self) -> tuple[PerceptionTool, ...]:

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 
 from vpt_agent.errors import CheckpointError, MissingExtraError, ToolDefinitionError, UserError
+from vpt_agent.serving.tools import ServedTools, ServeOptions
 from vpt_agent.tool import PerceptionTool, ToolRegistry, registry
 from vpt_agent.types import CallError
 
@@ -176,6 +177,10 @@ def test_an_extra_that_is_missing_leaves_a_tool_out(monkeypatch: pytest.MonkeyPa
     tools = ToolRegistry.from_entry_points(usable=True)
     assert [t.name for t in tools] == ["plain"]
     assert tools.failed[0].fix == "see `vpt-agent tools doctor`"
+    whole = ToolRegistry.from_entry_points()
+    assert (whole.lacks("good"), whole.lacks("plain")) == (error, None)
+    served = ServedTools(whole, ServeOptions())
+    assert served.left_out == {"good": "its extra is not installed"}
 
 
 def test_given_tools_stand_beside_the_installed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
