@@ -201,17 +201,19 @@ def ask(
     tools = named_tools(tool or [])
     with progress("loading the model") as update:
         agent = load_agent(model, device=device, dtype=dtype, progress=update, tools=tools)
-        mount(agent, mcp, update)
-        update("looking")
-        answer = agent.run(
-            question,
-            image=[Path(p) for p in pictures],
-            tool_choice=tool_choice,
-            limits=limits,
-            seed=seed,
-            trace=trace,
-            temperature=temperature,
-        )
-    if mcp:
-        agent.close()  # and the servers that were started
+        try:
+            mount(agent, mcp, update)
+            update("looking")
+            answer = agent.run(
+                question,
+                image=[Path(p) for p in pictures],
+                tool_choice=tool_choice,
+                limits=limits,
+                seed=seed,
+                trace=trace,
+                temperature=temperature,
+            )
+        finally:
+            if mcp:
+                agent.close()  # and the servers that were started, also when the run failed
     _finish(answer, trace, as_json=as_json)

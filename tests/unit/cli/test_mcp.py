@@ -119,8 +119,13 @@ def test_without_the_sdk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_ask_with_the_tools_of_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     says = '<tool_call>{"name": "vpt-agent_cut", "arguments": {"box": [0, 0, 4, 2]}}</tool_call>'
 
+    closed: list[bool] = []
+
     def load(model: str | None, **_: Any) -> PerceptionAgent:
-        return PerceptionAgent.from_script([says, "Red."], ToolRegistry(), written=True)
+        agent = PerceptionAgent.from_script([says, "Red."], ToolRegistry(), written=True)
+        close = agent.close
+        monkeypatch.setattr(agent, "close", lambda: (closed.append(True), close()))
+        return agent
 
     monkeypatch.setattr(ask_module, "load_agent", load)
     picture = tmp_path / "p.png"
@@ -139,3 +144,5 @@ def test_ask_with_the_tools_of_a_server(monkeypatch: pytest.MonkeyPatch, tmp_pat
     gone = run("ask", str(picture), "What?", "--mcp", "/is/not/there")
     assert gone.exit_code == 1
     assert "an MCP server does not answer as one" in gone.stderr
+    # The servers that were started are let go whether the run went well or not.
+    assert len(closed) == 3
