@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._last: tuple[tuple[object, ...], Tensor | None] | None = None
+        self._chances: deque[float] = deque()  # drawn already, for a device that ran ahead
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -122,23 +124,87 @@ class Sampler:
         s = self.sampling
         if s.temperature == 0:
             return int(logprobs.argmax()), 0.0
-        # From the largest down and in double, so that no small temperature overflows.
-        scaled = (logprobs - logprobs.max()).double() / s.temperature
-        if s.top_k:
-            bound = scaled.topk(min(s.top_k, scaled.shape[-1])).values[-1]
-            scaled = scaled.masked_fill(scaled < bound, float("-inf"))
-        if s.top_p < 1:
-            ordered, order = scaled.softmax(-1).sort(descending=True)
-            # Keep the smallest set whose mass reaches top_p: drop what comes after it.
-            drop = ordered.cumsum(-1) - ordered >= s.top_p
-            scaled = scaled.index_fill(-1, order[drop], float("-inf"))
-        weights = scaled.softmax(-1).cpu()
-        token = int(torch.multinomial(weights, 1, generator=self._generator))
-        return token, float(weights[token].log())
+        chance = torch.tensor(self.take(), dtype=torch.float64, device=logprobs.device)
+        token, drawn = draw(logprobs[None], Draw.of([s], logprobs.device), chance[None])
+        return int(token), float(drawn)
+
+    def ahead(self, count: int) -> list[float]:
+        """The next ``count`` random numbers in [0, 1), one for each token that is drawn; they stay
+        the next ones until :meth:`take` takes them."""
+        missing = count - len(self._chances)
+        if missing > 0:
+            # One by one, so that the numbers do not depend on how many are asked for at once.
+            new = [torch.rand((), dtype=torch.float64, generator=self._generator)
+                   for _ in range(missing)]  # fmt: skip
+            self._chances += [float(x) for x in new]
+        return [self._chances[i] for i in range(count)]
+
+    def take(self) -> float:
+        """The next random number."""
+        self.ahead(1)
+        return self._chances.popleft()
 
     def probability_of(self, logits: Tensor, token: int) -> float:
         """Probability of ``token`` without any constraint: what a forced token's mass was."""
         return float(torch.log_softmax(logits.float(), -1)[token].exp())
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How rows are drawn: ``temperature`` [R] (more than 0), ``top_k`` [R] (0: off), ``top_p`` [R],
+    all on the device; ``filters`` is False where top-k and top-p are off in every row."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    filters: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device) -> Draw:
+        """The settings of ``rows``."""
+        return cls(
+            torch.tensor([s.temperature for s in rows], dtype=torch.float64, device=device),
+            torch.tensor([s.top_k for s in rows], device=device),
+            torch.tensor([s.top_p for s in rows], dtype=torch.float64, device=device),
+            any(filtered(s) for s in rows),
+        )
+
+
+def filtered(sampling: Sampling) -> bool:
+    """Whether top-k or top-p leave tokens out."""
+    return bool(sampling.top_k) or sampling.top_p < 1
+
+
+def draw(logprobs: Tensor, how: Draw, chance: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [R] int64 drawn from ``logprobs`` [R, vocab] with one random number ``chance`` [R]
+    float64 in [0, 1) each, and the log probabilities [R] float64 with which they were drawn.
+
+    The token is the first whose cumulative probability, in the order of ids, is above the chance.
+    Only operators with fixed shapes, so that a device draws as the host does, without it.
+    """
+    # From the largest down and in double, so that no small temperature overflows.
+    scaled = (logprobs - logprobs.amax(-1, keepdim=True)).double() / how.temperature[:, None]
+    if how.filters:
+        scaled = _filtered(scaled, how)
+    weights = scaled.softmax(-1)
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    found = torch.searchsorted(sums, chance[:, None] * total, right=True)
+    # Rounding must not lead behind the last token that has any weight.
+    token = torch.minimum(found, (sums < total).sum(-1, keepdim=True))
+    return token[:, 0], weights.gather(-1, token)[:, 0].log()
+
+
+def _filtered(scaled: Tensor, how: Draw) -> Tensor:
+    """``scaled`` [R, vocab] without what top-k, and then top-p, leave out."""
+    vocab = scaled.shape[-1]
+    ordered = scaled.sort(descending=True, stable=True).values
+    last = torch.where(how.top_k > 0, how.top_k.clamp(max=vocab), vocab) - 1
+    scaled = scaled.masked_fill(scaled < ordered.gather(-1, last[:, None]), float("-inf"))
+    ordered, order = scaled.softmax(-1).sort(descending=True, stable=True)
+    # Keep the smallest set whose mass reaches top_p: drop what comes after it.
+    drop = (ordered.cumsum(-1) - ordered >= how.top_p[:, None]) & (how.top_p[:, None] < 1)
+    return scaled.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
 
 
 def _mask(

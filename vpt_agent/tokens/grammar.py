@@ -11,7 +11,7 @@ end is read by one reader for each payload (`payloads`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vpt_agent.errors import CallErrorKind, UserError
@@ -94,6 +94,18 @@ class Grammar:
         """Ids that mean something inside a call only: coordinates, controls and ends."""
         inner = {id_ for row in self.table.rows for id_ in row.token_ids}
         return frozenset(inner - set(self._starts))
+
+    @property
+    def marks(self) -> frozenset[int]:
+        """Ids that mean something outside a call: the starts."""
+        return frozenset(self._starts)
+
+    def summary(self, state: GrammarState) -> Hashable:
+        """What of ``state`` decides which ids may come, now and later, as long as only those come
+        that are :meth:`allowed`: states with the same summary go on in the same way."""
+        if state.kind is None:
+            return None
+        return state.kind, self._rows[state.kind].summary(state.tokens[1:])
 
     def _offers(self, name: str) -> bool:
         return self.kinds is None or name in self.kinds

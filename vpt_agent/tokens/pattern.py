@@ -58,6 +58,18 @@ class TextPattern:
 
         None if no text of the pattern begins with ``text``. Never ``("", False)``.
         """
+        places = self.places(text)
+        if not places:
+            return None
+        open_ = {
+            at for at, count in places if at < len(self.pieces) and count < self.pieces[at].most
+        }
+        allowed = dict.fromkeys(c for at in sorted(open_) for c in self.pieces[at].characters)
+        return "".join(allowed), (len(self.pieces), 0) in places
+
+    def places(self, text: str) -> frozenset[tuple[int, int]]:
+        """Where in the pattern ``text`` may have come to: (piece, characters read of it). Texts
+        with the same places go on in the same ways; there are none if no text begins so."""
         places = self._reach({(0, 0)})
         for character in text:
             places = self._reach(
@@ -69,13 +81,7 @@ class TextPattern:
                     and character in self.pieces[at].characters
                 }
             )
-            if not places:
-                return None
-        open_ = {
-            at for at, count in places if at < len(self.pieces) and count < self.pieces[at].most
-        }
-        allowed = dict.fromkeys(c for at in sorted(open_) for c in self.pieces[at].characters)
-        return "".join(allowed), (len(self.pieces), 0) in places
+        return frozenset(places)
 
     def fits(self, text: str) -> bool:
         """Whether the whole of ``text`` is of this pattern."""

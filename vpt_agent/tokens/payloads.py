@@ -5,7 +5,7 @@ A reader knows the ids of one row and holds no progress: ``read`` are the ids af
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ class PayloadReader(Protocol):
     def allowed(self, read: Ids) -> frozenset[int]:
         """Ids that may be generated after ``read``, the row's end among them; never empty."""
 
+    def summary(self, read: Ids) -> Hashable:
+        """What of ``read`` decides which ids may be generated, now and later."""
+
 
 @dataclass(frozen=True)
 class FixedPayload:
@@ -57,6 +60,10 @@ class FixedPayload:
     def allowed(self, read: Ids) -> frozenset[int]:
         """The one that comes next."""
         return frozenset((self.ids[len(read)] if len(read) < len(self.ids) else self.end,))
+
+    def summary(self, read: Ids) -> Hashable:
+        """How many there are."""
+        return len(read)
 
 
 @dataclass(frozen=True)
@@ -91,13 +98,23 @@ class GridPayload:
         """The next coordinate with min <= max; ids in another order are completed."""
         xs = [self.x[t] for t in read if t in self.x]
         ys = [self.y[t] for t in read if t in self.y]
-        in_order = all((t in self.x) == (i % 2 == 0) for i, t in enumerate(read))
-        if in_order and len(read) < 4:
+        if self._in_order(read) and len(read) < 4:
             ids, low = (self.row.x, xs) if len(read) % 2 == 0 else (self.row.y, ys)
             return frozenset(ids[low[0] if low else 0 :])
         if not xs or not ys:
             return frozenset(self.row.y if xs else self.row.x)
         return frozenset((self.row.end,))
+
+    def _in_order(self, read: Ids) -> bool:
+        return all((t in self.x) == (i % 2 == 0) for i, t in enumerate(read))
+
+    def summary(self, read: Ids) -> Hashable:
+        """How many there are, and the smallest that may still come."""
+        if not self._in_order(read) or len(read) > 4:
+            return read
+        # The largest column is bounded by the smallest one, and is then of no account.
+        lows = read if len(read) < 3 else read[1:2] if len(read) == 3 else ()
+        return len(read), lows
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,10 @@ class TextPayload:
         characters, may_end = found
         ids = frozenset(self.ids[c] for c in characters)
         return ids | {self.end} if may_end else ids
+
+    def summary(self, read: Ids) -> Hashable:
+        """Where in the pattern the text may stand."""
+        return self.pattern.places(self._text(read))
 
 
 def reader_of(row: ResolvedKind, controls: int) -> PayloadReader:
