@@ -13,6 +13,7 @@ from torch import Tensor
 from vpt_agent.types import TokenSource, View
 
 if TYPE_CHECKING:
+    from vpt_agent.engine.ahead import Ask, Record
     from vpt_agent.engine.session import Session
 
 
@@ -99,20 +100,24 @@ def cut(blocks: Sequence[Block], start: int, stop: int) -> Block:
 class Feed:
     """Ask the loop to run ``block`` on ``session``.
 
-    ``logits``: none, of the last position, or of ``all`` positions of the block.
+    ``logits``: none, of the last position, or of ``all`` positions of the block. ``ahead`` lets
+    the device choose what comes behind a block of one token.
     """
 
     session: Session
     block: Block
     logits: Logits = "last"
+    ahead: Ask | None = None
 
 
 @dataclass(frozen=True)
 class Fed:
-    """The answer: final-norm hidden states [n, D], and logits [m, vocab] in float32 or None."""
+    """The answer: final-norm hidden states [n, D], and logits [m, vocab] in float32 or None.
+    ``ahead`` is what the device chose behind the block, if it did: there are no logits then."""
 
     hidden: Tensor
     logits: Tensor | None
+    ahead: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ class Look:
     views: tuple[View, ...]
 
 
-def _nothing() -> None:
-    """The futures of a :class:`Wait` are on their way already."""
+def nothing() -> None:
+    """What :class:`Wait` starts where the futures are on their way already."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Wait:
     """
 
     futures: tuple[Future[Any], ...]
-    start: Callable[[], None] = _nothing
+    start: Callable[[], None] = nothing
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Measures:
-    """``chunk`` tokens of prompts, at most, go beside decoding rows; ``most`` where none decode."""
+    """``chunk`` tokens of prompts, at most, go beside decoding rows; ``most`` where none decode.
+
+    Where tools of several runs begin together, a step waits ``patience`` seconds for them at most,
+    and no longer than a quarter of that for the next one of them.
+    """
 
     chunk: int = 512
     most: int = 8192
+    patience: float = 0.08
 
 
 class Planner:

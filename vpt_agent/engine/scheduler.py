@@ -9,14 +9,16 @@ the threads that wait for runs, one at a time; a run that nobody waits for
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from vpt_agent.engine.live import Live, Run, T
-from vpt_agent.engine.parts import Fed, Look, Looked
+from vpt_agent.engine.parts import Fed, Look, Looked, nothing
 from vpt_agent.errors import UserError
 
 Outcome = tuple[Live, Fed | UserError | None]
@@ -35,10 +37,11 @@ class Worker(Protocol):
 
 class Scheduler:
     """Runs of all threads, together. At most ``most`` run at once, those not counted whose tools
-    are running; the others wait in the order in which they came."""
+    are running; the others wait in the order in which they came. ``patience`` is that of
+    :class:`~vpt_agent.engine.plan.Measures`, in seconds."""
 
-    def __init__(self, worker: Worker, *, most: int) -> None:
-        self.worker, self.most = worker, most
+    def __init__(self, worker: Worker, *, most: int, patience: float = 0.0) -> None:
+        self.worker, self.most, self.patience = worker, most, patience
         self._lives: list[Live] = []  # by age
         self._count = 0
         self._changed = threading.Condition()  # its lock is reentrant: a collector may close runs
@@ -188,11 +191,14 @@ class Scheduler:
         waiting = [live for live in lives if live.waits()]
         for live in waiting:
             live.want.start()
-        for live in waiting:
-            if not live.heard:
-                live.heard = True
-                for future in live.want.futures:
-                    future.add_done_callback(self._tell)
+        fresh = [live for live in waiting if not live.heard]
+        for live in fresh:
+            live.heard = True
+            for future in live.want.futures:
+                future.add_done_callback(self._tell)
+        begun = [live for live in fresh if live.want.start is not nothing]
+        if len(begun) > 1:
+            self._be_patient([f for live in begun for f in live.want.futures])
         ready = [live for live in waiting if all(f.done() for f in live.want.futures)]
         for live in ready:
             futures = live.want.futures
@@ -202,6 +208,18 @@ class Scheduler:
             else:
                 self._advance(live, [f.result() for f in futures])
         return bool(ready)
+
+    def _be_patient(self, futures: Sequence[Future[Any]]) -> None:
+        """Wait a moment for tools that have just begun, as long as one after another comes to its
+        end: a pass of one row takes nearly as long as one of all of them, and while a step is
+        made, tools that need the model cannot go on."""
+        end = time.monotonic() + self.patience
+        with self._changed:
+            while left := _going(futures):
+                rest = min(self.patience / 4, end - time.monotonic())
+                fewer = partial(_fewer, futures, left)
+                if rest <= 0 or not self._changed.wait_for(fewer, rest):
+                    return
 
     def _look_together(self, looking: Sequence[Live]) -> None:
         """Features for all of ``looking`` in one batch; a picture that cannot be encoded is the
@@ -244,6 +262,14 @@ class Scheduler:
         live.finished = True
         if live.future is not None:
             _settle(live.future, live)
+
+
+def _going(futures: Sequence[Future[Any]]) -> int:
+    return sum(not future.done() for future in futures)
+
+
+def _fewer(futures: Sequence[Future[Any]], than: int) -> bool:
+    return _going(futures) < than
 
 
 def _settle(future: Future[Any], live: Live) -> None:

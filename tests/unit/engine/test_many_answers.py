@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any
@@ -288,3 +288,49 @@ def _with(engine: Engine, real: Any, kit: Kit) -> list[Any]:
         return alone(kit)
     finally:
         engine.model.run_language_model = crowded  # type: ignore[method-assign]
+
+
+# --- tools that begin together ------------------------------------------------------------
+
+
+def calling(
+    engine: Engine, kit: Kit, future: Future[None], start: Callable[[], None], count: int
+) -> Generator[Any, Any, Any]:
+    """A run that asks a tool, and then feeds ``count`` tokens one at a time."""
+    session = engine.session()
+    yield from session.feed([Tokens(kit.ids("before"))])
+    yield Wait((future,), start)
+    for token in range(count):
+        yield from session.feed([Tokens([40 + token])])
+
+
+def together(kit: Kit, patience: float, *, second: float) -> list[int]:
+    """Rows of each pass of two runs whose tools begin together; that of the second one takes
+    ``second`` seconds."""
+    engine = Engine(kit.model, kit.policy, measures=Measures(patience=patience))
+    futures: list[Future[None]] = [Future(), Future()]
+    begun: list[threading.Timer] = []
+
+    def start() -> None:
+        if not begun:
+            futures[0].set_result(None)
+            begun.append(threading.Timer(second, futures[1].set_result, [None]))
+            begun[0].start()
+
+    engine.drive([calling(engine, kit, future, start, 3) for future in futures])
+    begun[0].join()
+    return engine.counters.rows_per_forward
+
+
+def test_tools_that_begin_together_are_waited_for_a_moment(one: Kit) -> None:
+    assert together(one, 20.0, second=0.05) == [2, 2, 2, 2]
+    impatient = together(one, 0.0, second=0.3)
+    assert impatient[0] == 2
+    assert impatient[1:].count(1) == 6, "the first did not wait"
+
+
+def test_a_tool_that_takes_long_is_waited_for_no_longer_than_said(one: Kit) -> None:
+    began = time.perf_counter()
+    rows = together(one, 0.04, second=0.5)
+    assert rows.count(1) == 6
+    assert time.perf_counter() - began >= 0.5
