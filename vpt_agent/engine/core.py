@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from vpt_agent.engine.ahead import Decoding, make_ahead
 from vpt_agent.engine.cache import KVShape, PooledCache
 from vpt_agent.engine.features import FeatureStore
 from vpt_agent.engine.live import Live, Run, T
@@ -83,13 +84,15 @@ class LanguageModel(Protocol):
 class Counters:
     """What the engine did, for tests and reports. ``padded_tokens`` includes ragged padding;
     ``shared_tokens`` were not computed, since another row had them; ``repeated_tokens`` were
-    computed again, since their blocks had gone to others."""
+    computed again, since their blocks had gone to others. ``host_reads`` counts how often decoding
+    waited for a token, or several, to come from the device."""
 
     forwards: int = 0
     tokens: int = 0
     padded_tokens: int = 0
     shared_tokens: int = 0
     repeated_tokens: int = 0
+    host_reads: int = 0
     rows_per_forward: list[int] = field(default_factory=list)
 
 
@@ -99,6 +102,8 @@ class Engine:
     ``max_cached_tokens`` bounds the KV cache, in blocks of ``block`` tokens; None leaves it to
     memory. ``max_positions`` is the longest sequence the model was made for. At most ``max_runs``
     runs go on at once, others wait. ``measures`` say how much of prompts goes into one step.
+    ``decoding`` says who chooses tokens (docs/gpu-decode.md): ``device``, several before the host
+    looks, or ``host``; ``auto`` is the device on CUDA.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Engine:
         measures: Measures = Measures(),  # noqa: B008 - frozen
         block: int = 16,
         feature_cache: int = 64,
+        decoding: Decoding = "auto",
     ) -> None:
         self.model = model
         self.policy = policy
@@ -125,7 +131,8 @@ class Engine:
         self.features = FeatureStore(model, policy, self.device, capacity=feature_cache)
         self.counters = Counters()
         self.lock = threading.RLock()  # tools on threads may ask for features meanwhile
-        self.loop = Scheduler(self, most=max_runs)
+        self.ahead = make_ahead(self, decoding)  # None: the host chooses every token
+        self.loop = Scheduler(self, most=max_runs, patience=measures.patience)
         self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()  # by row
 
     def kind_of(self, name: str) -> ResolvedKind:
@@ -173,6 +180,9 @@ class Engine:
             )
             done: list[Outcome] = []
             for pieces in planner.waves(feeding, everyone):
+                if self.ahead is not None:
+                    answered, pieces = self.ahead.together(pieces)
+                    done += answered
                 for group in _groups(pieces):
                     done += self._together(group)
             return done + planner.refused

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from vpt_agent.engine.ahead import Ask, Record
 from vpt_agent.engine.parts import Fed, Feed, Tokens
 from vpt_agent.engine.sampling import Choice, Sampler
 from vpt_agent.engine.session import Session
@@ -86,6 +87,11 @@ class TurnRules:
         more = self.ban(state, full)
         return allowed, banned | more if more else banned
 
+    @property
+    def decides_as_it_goes(self) -> bool:
+        """Whether :attr:`ban` may ban more as the turn goes on."""
+        return self.ban is not _nothing_banned
+
     @cached_property
     def _banned_full(self) -> frozenset[int]:
         return self.banned | self.starts
@@ -110,7 +116,7 @@ class Turn:
     ``removed`` is the probability mass that the constraint took away at each token; -1 where it is
     not known, since decoding ended before a forced token's logits were needed. ``drawn`` is the log
     probability with which each token was drawn (:class:`Choice`), 0 for forced ones. ``rules`` are
-    those of the turn.
+    those of the turn; ``ahead`` of its tokens were chosen on the device.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -122,7 +128,8 @@ class Turn:
     pending: list[int] = field(default_factory=list)
     stop: Stop = "end"
     stop_id: int | None = None
-    logits: Tensor | None = None  # [vocab] of the next token, if nothing is pending
+    logits: Tensor | None = None  # [vocab] of the next token, if nothing is pending and it is known
+    ahead: int = 0
 
     @property
     def calls(self) -> list[TurnCall]:
@@ -163,6 +170,12 @@ class _Decoder:
         self.chosen: list[_Chosen] = []
         self.started = int(self.state.kind is not None)  # a turn may have to begin with a call
         self.forced_start = False
+        ahead = session.engine.ahead
+        # Where the device may choose, as long as it can say what the rules are.
+        self.ahead = ahead
+        self.program = None if ahead is None else ahead.program_of(rules, session)
+        self.stride = 0 if ahead is None else ahead.first
+        self.record: Record | None = None
 
     def run(self) -> Generator[Feed, Fed, Turn]:
         while True:
@@ -195,12 +208,16 @@ class _Decoder:
 
     def _pick(self) -> Generator[Feed, Fed, _Chosen]:
         rules = self.rules
+        if self.program is not None and self.logits is None and self.turn.pending:
+            yield from self._flush()
+        if self.logits is None and self.record is not None and self.record.left:
+            return self._recorded(self.record)
         if rules.constrained:
             forced = rules.grammar.forced(self.state)
             if forced is not None:
                 if self.logits is None:
                     return _Chosen(forced, "forced", 0.0, -1.0)  # priced when it is fed
-                p = self.sampler.probability_of(self.logits, forced)
+                p = self._probability(self.logits, forced)
                 return _Chosen(forced, "forced", 0.0, 1.0 - p)
         if self.logits is None:
             yield from self._flush()
@@ -210,10 +227,27 @@ class _Decoder:
         )
         only = _only(allowed)
         if only is not None:
-            p = self.sampler.probability_of(self.logits, only)
+            p = self._probability(self.logits, only)
             return _Chosen(only, "forced", 0.0, 1.0 - p)
+        self.session.engine.counters.host_reads += 1
         choice: Choice = self.sampler.choose(self.logits, allowed=allowed, banned=banned)
         return _Chosen(choice.token, "sampled", choice.logprob, choice.removed, choice.drawn)
+
+    def _probability(self, logits: Tensor, token: int) -> float:
+        self.session.engine.counters.host_reads += 1
+        return self.sampler.probability_of(logits, token)
+
+    def _recorded(self, record: Record) -> _Chosen:
+        """The next token that the device chose."""
+        i = record.used
+        record.used += 1
+        self.turn.ahead += 1
+        token, drawn = record.tokens[i], record.drawn[i]
+        if record.forced[i]:
+            return _Chosen(token, "forced", 0.0, record.removed[i])
+        if self.sampler.sampling.temperature > 0:
+            self.sampler.take()  # the device had it
+        return _Chosen(token, "sampled", record.logprobs[i], record.removed[i], drawn)
 
     def _record(self, picked: _Chosen) -> None:
         self.chosen.append(picked)
@@ -225,17 +259,38 @@ class _Decoder:
     def _flush(self) -> Generator[Feed, Fed, None]:
         """Compute the pending tokens; price the forced ones among them."""
         pending = self.turn.pending
+        if self.record is not None:
+            if self.record.left:  # computed on the device already
+                self.session.follow(pending[0], self.record.hidden[self.record.used :][:1])
+                self.turn.pending = []
+                return
+            self.record = None
         first = len(self.chosen) - len(pending)
         unpriced = [i for i in range(1, len(pending)) if self.chosen[first + i].removed < 0]
         fed = yield from self.session.feed(
-            [Tokens(tuple(pending))], logits="all" if unpriced else "last"
+            [Tokens(tuple(pending))], logits="all" if unpriced else "last", ahead=self._ask()
         )
+        if fed[-1].ahead is not None:
+            self.record, self.turn.pending = fed[-1].ahead, []
+            return
         logits = torch.cat([f.logits for f in fed if f.logits is not None])
         for i in unpriced:
-            p = self.sampler.probability_of(logits[i - 1], pending[i])
+            p = self._probability(logits[i - 1], pending[i])
             self.chosen[first + i].removed = 1.0 - p
         self.turn.pending = []
         self.logits = logits[-1]
+
+    def _ask(self) -> Ask | None:
+        """What the device may choose behind the one pending token; more each time."""
+        room = self.rules.max_new_tokens - len(self.chosen)
+        if self.ahead is None or self.program is None or len(self.turn.pending) != 1 or room < 1:
+            return None
+        state = self.program.automaton.number(self.state)
+        if state is None:
+            return None
+        steps, self.stride = self.stride, min(2 * self.stride, self.ahead.most)
+        calls = self.rules.max_calls - self.started
+        return Ask(self.program, state, steps, room, calls, self.sampler)
 
     def _control(self, call: ParsedCall) -> Generator[Feed, Fed, Tensor | None]:
         row = self.session.engine.kind_of(call.kind)
@@ -246,6 +301,8 @@ class _Decoder:
 
     def _finish(self, stop: Stop, token: int | None = None) -> Turn:
         turn = self.turn
+        if self.ahead is not None and self.record is not None and self.record.left:
+            self.ahead.drop(self.session, self.record)
         turn.stop, turn.stop_id, turn.logits = stop, token, self.logits
         if stop != "inline" and (cut := self.rules.grammar.finish(self.state)) is not None:
             turn.items.append(cut)

@@ -94,13 +94,15 @@ class Tables:
     def __init__(self, vocab: int, control: frozenset[int], device: torch.device) -> None:
         self.vocab, self.device = vocab, device
         self.version = 0
-        self.control = self._flags(control)
+        with torch.inference_mode(False):
+            self.control = self._flags(control)
         self._programs: list[Program] = []
         self._bases: dict[int, int] = {}  # by the program's place in memory, which it keeps
         self._size = (0, 0, 0)  # states, columns, sets that there is room for
         self._columns: dict[int, int] = {}
         self._filled = (1, 1)  # states and sets
-        self._reset()
+        with torch.inference_mode(False):  # ordinary tensors, which can be written in any mode
+            self._reset()
 
     def _reset(self) -> None:
         self._programs, self._bases, self._columns = [], {}, {}
@@ -144,9 +146,8 @@ class Tables:
         wanted = (states, len(self._columns) + 1, sets)
         self._programs.append(program)
         if any(n > room for n, room in zip(wanted, self._size, strict=True)):
-            self._allocate(
-                tuple(max(2 * n, room) for n, room in zip(wanted, self._size, strict=True))  # type: ignore[arg-type]
-            )
+            more = [max(2 * n, room) for n, room in zip(wanted, self._size, strict=True)]
+            self._allocate((more[0], more[1], more[2]))
             self._filled = (1, 1)
             for held in self._programs:
                 self._write(held)

@@ -28,11 +28,12 @@ from vpt_agent.engine.parts import (
     Visual,
     cut,
 )
-from vpt_agent.errors import UserError
+from vpt_agent.errors import InternalError, UserError
 from vpt_agent.model.positions import span_positions
 from vpt_agent.types import Span
 
 if TYPE_CHECKING:
+    from vpt_agent.engine.ahead import Ask
     from vpt_agent.engine.core import Engine
 
 
@@ -152,12 +153,13 @@ class Session:
     # --- appending ------------------------------------------------------------------------
 
     def feed(
-        self, parts: Sequence[Part], *, logits: Logits = "last"
+        self, parts: Sequence[Part], *, logits: Logits = "last", ahead: Ask | None = None
     ) -> Generator[Feed, Fed, list[Fed]]:
         """Append ``parts``; yields what the loop must run and returns every answer.
 
         A block is cut in front of each control token whose state is not known yet, since that
-        token's embedding is the hidden state of the token before it.
+        token's embedding is the hidden state of the token before it. ``ahead`` goes with the last
+        block.
         """
         done: list[Fed] = []
         block = _Builder(self.next_position)
@@ -177,15 +179,29 @@ class Session:
                 part = self._condition(part, len(self.ids) + len(block.ids))
             block.visual(part)
         if block.ids:
-            done.append((yield from self._run(block, logits)))
+            done.append((yield from self._run(block, logits, ahead)))
         if not done:
             raise UserError(
                 "nothing to append", where="Session.feed", expected="at least one token"
             )
         return done
 
-    def _run(self, block: _Builder, logits: Logits) -> Generator[Feed, Fed, Fed]:
-        return (yield Feed(self, block.done(), logits))
+    def _run(
+        self, block: _Builder, logits: Logits, ahead: Ask | None = None
+    ) -> Generator[Feed, Fed, Fed]:
+        return (yield Feed(self, block.done(), logits, ahead))
+
+    def follow(self, token: int, hidden: Tensor) -> None:
+        """Append ``token``, which the device has computed already: ``hidden`` [1, D] is its final-
+        norm state, and its keys and values are in the cache."""
+        steps = self.feed([Tokens((token,))])
+        feed = next(steps)
+        self.advance(feed.block, hidden, computed=1, calls=1)
+        try:
+            steps.send(Fed(hidden, None))
+        except StopIteration:
+            return
+        raise InternalError("one token asked for two passes", where="Session.follow")
 
     def _add_control(self, block: _Builder, token: int) -> None:
         """The control token with its state as input embedding, or what an experiment says."""

@@ -78,6 +78,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     config: VPTConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = False  # the loss is the mean over one batch's labels, as published
+    steps_on_device = True  # its passes decide nothing by values: an engine can record them
 
     def __init__(self, config: VPTConfig) -> None:
         super().__init__(config)

@@ -25,6 +25,10 @@ class Listed(Protocol):
         """The state before anything was read."""
 
     @property
+    def identity(self) -> Hashable:
+        """Grammars with the same identity are the same, as long as one of them is kept."""
+
+    @property
     def marks(self) -> frozenset[int]:
         """Ids that mean something outside a call; all others lead to the same state."""
 

@@ -96,6 +96,11 @@ class Grammar:
         return frozenset(inner - set(self._starts))
 
     @property
+    def identity(self) -> Hashable:
+        """Grammars with the same identity are the same, as long as one of them is kept."""
+        return type(self), id(self.table), self.kinds
+
+    @property
     def marks(self) -> frozenset[int]:
         """Ids that mean something outside a call: the starts."""
         return frozenset(self._starts)
