@@ -147,7 +147,8 @@ class State:
 
 class ResultStore:
     """A folder that is being filled. Opening one that was begun checks that it is the same
-    evaluation, and drops a last line that was cut off."""
+    evaluation, to which settings and models may be added, and drops a last line that was cut
+    off."""
 
     def __init__(self, folder: Path | str, manifest: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
@@ -156,7 +157,7 @@ class ResultStore:
         if path.is_file():
             self.manifest = _load_manifest(path)
             for name in SAME:
-                if self.manifest.get(name) != given.get(name):
+                if not _goes_on(self.manifest.get(name), given.get(name)):
                     raise UserError(
                         "this folder holds another evaluation",
                         where=path,
@@ -164,11 +165,14 @@ class ResultStore:
                         expected=str(self.manifest.get(name))[:200],
                         fix="name a new folder, or go on with what it was begun with",
                     )
+            now = {**self.manifest, **{name: given.get(name) for name in SAME}}
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.manifest = given
+            now, self.manifest = given, {}
+        if now != self.manifest:
+            self.manifest = now
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(given, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            part.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", "utf-8")
             part.replace(path)
         for name in (ROWS, STATES):
             _mend(self.folder / name)
@@ -180,6 +184,15 @@ class ResultStore:
         rows = list(rows)
         _append(self.folder / ROWS, [r.to_line() for r in rows])
         self.done |= {(r.item, r.setting) for r in rows}
+
+
+def _goes_on(begun: Any, given: Any) -> bool:
+    """Whether what is ``given`` is what was begun, with settings or models more at most."""
+    if isinstance(begun, list) and isinstance(given, list):
+        return all(one in given for one in begun)
+    if isinstance(begun, dict) and isinstance(given, dict):
+        return all(name in given and given[name] == one for name, one in begun.items())
+    return bool(begun == given)
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:

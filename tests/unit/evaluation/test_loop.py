@@ -128,6 +128,15 @@ def test_another_evaluation_is_not_mixed_in(done: Path) -> None:
         evaluate(script, ITEMS, SETTINGS, done, seed=1)
 
 
+def test_settings_may_be_added_later(tmp_path: Path) -> None:
+    run(tmp_path, settings=SETTINGS[:2])
+    before = (tmp_path / ROWS).read_bytes()
+    run(tmp_path)
+    assert (tmp_path / ROWS).read_bytes().startswith(before)  # nothing asked again
+    told = {row.setting for row in read_rows(tmp_path)}
+    assert told == {s.name for s in SETTINGS} == set(summarise(tmp_path)["models"])
+
+
 def test_what_cannot_be_asked_is_skipped_with_its_reason(tmp_path: Path) -> None:
     alone = Item("a", "What?", "x", item(1).picture, type="t")
     true = Setting(name="true", tool_choice="crop_region", switches=Switches(crop="true"))
