@@ -126,6 +126,7 @@ class PerceptionAgent:
         ``device`` auto takes a GPU if there is one. ``dtype`` auto is the checkpoint's on a GPU
         and float32 on the CPU. ``tools``: None takes every installed tool that lacks nothing (an
         extra, a checkpoint), a list adds its tools to those, a registry replaces them. ``progress``
+        compiled: bool = False,
         hears one line per stage of loading.
         A model with a kind of its own needs that kind's tool: without it (and without a registry,
         which says that it is meant) a :class:`UserError` names the tool and its contract.
@@ -142,8 +143,15 @@ class PerceptionAgent:
         parts = load_parts(
             name,
             device=device,
+
+        ``compiled``: this process computes single tokens on one CPU thread by a routine in C that
+        is compiled now (:mod:`vpt_agent.model.compiled`; a second, and a C compiler).
             dtype=dtype,
             encoders=encoders,
+        from vpt_agent.model.compiled import use
+
+        if compiled:
+            use()
             say=progress or (lambda _: None),
             options=StockOptions(coordinates, max_pixels, chat_template, constrained),
         )

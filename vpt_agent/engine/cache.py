@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vpt_agent.engine.blocks import ROOT, Beginning, Blocks, Prefixes
 from vpt_agent.errors import InternalError, UserError
+from vpt_agent.model.compiled import Slots
 from vpt_agent.model.direct import ExplicitCache
 
 
@@ -350,6 +351,19 @@ class PooledCache(ExplicitCache):
     def _neighbours(self, row: int) -> bool:
         table = self.tables[row]
         return table[-1] - table[0] == len(table) - 1 and table == [*range(table[0], table[-1] + 1)]
+
+    def single(self) -> Slots | None:
+        """Where the one token of one row stands that the forward in progress computes; None if it
+        computes anything else."""
+        now = self._now
+        if now is None or not isinstance(now.slots, slice) or now.slots.stop - now.slots.start != 1:
+            return None
+        at = now.slots.start
+        if now.seen is None:
+            return Slots(at, at, 1, None)
+        if isinstance(now.seen, slice):
+            return Slots(at, now.seen.start, now.width, None)
+        return Slots(at, 0, now.width, now.seen) if len(now.seen) == now.width else None
 
     def commit(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """The forward went well: move the write indexes on."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-from vpt_agent.model import onerow
+from vpt_agent.model import compiled, onerow
 
 _BIASED = (True, True, True, False, True, True, False, True, True)
 """Which parts of a layer (in the order of ``_Layer``) one row takes with a bias."""
@@ -59,6 +59,8 @@ def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
         return made.t().contiguous().view(*x.shape[:-1], -1)
     row = x.reshape(-1)
+    if bias is None and (found := compiled.times(weight, row)) is not None:
+        return found.to(x.dtype).view(*x.shape[:-1], -1)
     made = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
     return made.view(*x.shape[:-1], -1)
 
@@ -192,7 +194,7 @@ class DirectDecoder:
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, L, 1, d / 2] of the rotary positions (M-RoPE)."""
-        speed = self.text.rotary_emb.inv_freq
+        speed = self.text.rotary_emb.inv_freq.float()  # a model that was cast has it in its type
         if positions.shape[2] == 1:  # text: its three positions are one
             angles = positions[0, :, :, None] * speed
         else:

@@ -3,6 +3,7 @@
 Weights stream through the caches once a token, so whatever lies between two products starts cold:
 each small operator costs some 5 to 50 microseconds, whatever it computes. Norms are folded into the
 products (the scale of a row may be multiplied in behind the product), sums into them as well.
+Where :mod:`vpt_agent.model.compiled` is in use, that computes the whole pass.
 
 D width, H heads, K key-value heads, d head width, S cache slots.
 """
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache
+
+from vpt_agent.model import compiled
 
 if TYPE_CHECKING:
     from vpt_agent.model.direct import DirectDecoder
@@ -33,8 +36,12 @@ def takes(embeds: Tensor, mask: Tensor | None) -> bool:
 
 def one_row(decoder: DirectDecoder, embeds: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """Final-norm hidden state [1, 1, D] of one token ``embeds`` at ``positions`` [3, 1, 1]."""
+    whole = compiled.one_row(decoder, embeds, positions, cache)
+    if whole is not None:
+        return whole
     d, heads, kv = decoder.head_dim, decoder.heads, decoder.kv_heads
-    angles = positions[0, 0] * decoder.text.rotary_emb.inv_freq  # [d / 2]: text has one position
+    # [d / 2]: text has one position. A model that was cast has the speeds in its type.
+    angles = positions[0, 0] * decoder.text.rotary_emb.inv_freq.float()
     cos, sin = angles.cos() * decoder.scaling, angles.sin() * decoder.scaling
     cos, sin = cos.to(embeds.dtype), torch.stack((-sin, sin)).to(embeds.dtype)  # [d/2], [2, d/2]
     made = embeds.new_empty((heads + 2 * kv) * d)  # queries, keys, values of a layer
