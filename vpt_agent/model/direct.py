@@ -175,6 +175,8 @@ class DirectDecoder:
         cos, sin = self._angles(positions, embeds.dtype)
         if mask is not None and embeds.shape[1] > 1:
             mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)  # [B, 1, G * L, S]
+            if mask.device.type == "cpu":  # once, and not by each layer's attention
+                mask = torch.zeros(mask.shape, dtype=embeds.dtype).masked_fill_(~mask, -torch.inf)
         hidden = embeds
         for index, layer in enumerate(self.layers):
             normed = self._norm(hidden, layer.before)
