@@ -172,6 +172,7 @@ class Recorder:
                 max_calls=rules.max_calls if rules else None,
                 stop=turn.stop,
                 seconds=seconds,
+                ahead=turn.ahead,
             )
         )
 

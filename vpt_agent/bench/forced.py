@@ -7,6 +7,7 @@ greedily among those that neither stop nor call. All else is the agent as it is.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from vpt_agent.agent.session_voice import OnToken, SessionVoice
 from vpt_agent.agent.state import Conversation, Request
 from vpt_agent.agent.token_surface import TokenDialect, TokenSurface
 from vpt_agent.bench.split import TimedModel, TimedSampler
+from vpt_agent.engine.ahead import Decoding
 from vpt_agent.engine.core import Engine
 from vpt_agent.engine.decode import TurnRules
 from vpt_agent.errors import UserError
@@ -50,6 +52,24 @@ class OneCall:
         """The state before anything was read."""
         state: GrammarState = self.inner.start
         return state
+
+    @property
+    def identity(self) -> Hashable:
+        """See :class:`vpt_agent.tokens.automaton.Listed`."""
+        return type(self), self.inner.identity, self.end
+
+    @property
+    def marks(self) -> frozenset[int]:
+        """Ids that mean something outside a call."""
+        marks: frozenset[int] = self.inner.marks
+        return marks
+
+    def summary(self, state: Any) -> Hashable:
+        """What of ``state`` decides what may come."""
+        if isinstance(state, _Closed):
+            return state
+        summary: Hashable = self.inner.summary(state)
+        return summary
 
     def step(self, state: Any, token_id: int) -> tuple[Any, Event | None]:
         """Read one id."""
@@ -123,6 +143,7 @@ def forced_agent(
     processor: VPTProcessor,
     *,
     new_tokens: int,
+    decoding: Decoding = "auto",
 ) -> PerceptionAgent:
     """An agent of ``model`` whose second turn has ``new_tokens`` tokens."""
     plain = model.model if isinstance(model, TimedModel) else model
@@ -141,6 +162,7 @@ def forced_agent(
         registry=ToolRegistry.from_entry_points(),
         abilities=parts.abilities,
         max_positions=parts.max_positions,
+        decoding=decoding,
         dialect=dialect,
     )
 

@@ -96,10 +96,9 @@ class Record:
 
 def check_decoding(name: str) -> Decoding:
     """``name`` as a :data:`Decoding`. Raises :class:`UserError`."""
-    if name not in ("auto", "device", "host"):
-        raise UserError("unknown way of decoding", got=name, expected="auto, device, host")
-    chosen: Decoding = name  # type: ignore[assignment]
-    return chosen
+    if name == "auto" or name == "device" or name == "host":
+        return name
+    raise UserError("unknown way of decoding", got=name, expected="auto, device, host")
 
 
 class Ahead:
@@ -386,6 +385,16 @@ def weights_of(model: Any) -> Hashable:
 def make_ahead(
     engine: Engine, decoding: Decoding
 ) -> Ahead | None:
-    """What ``decoding`` means for ``engine``: None lets the host choose every token."""
+    """What ``decoding`` means for ``engine``: None lets the host choose every token. Raises
+    :class:`UserError` for a device that cannot."""
+    check_decoding(decoding)
+    if decoding == "device" and engine.device.type not in ("cpu", "cuda"):
+        raise UserError(
+            "this kind of device cannot choose tokens by itself",
+            where="decoding='device'",
+            got=engine.device.type,
+            expected="cuda, or cpu",
+            fix="leave decoding out, or use decoding='host'",
+        )
     wanted = decoding == "device" or (decoding == "auto" and engine.device.type == "cuda")
     return Ahead(engine) if wanted else None

@@ -1,7 +1,8 @@
 """One token of every row, on the device alone: the step that is replayed without asking the host.
 
 All tensors stay where they are and keep their shapes, nothing is read back, and nothing decides by
-a value in Python; so on CUDA the step is recorded once as a graph and replayed. A row that has to
+a value in Python (nor is a Python number made a tensor, as ``torch.where`` does: that is a copy from
+the host); so on CUDA the step is recorded once as a graph and replayed. A row that has to
 stop stays in the batch: it writes to a slot that nobody reads, and what it says is not kept.
 
 R rows, S cache slots that attention sees at most, V ids, D width, N steps that are kept.
@@ -250,7 +251,7 @@ class Stepper:
         token, forced, numbers = self._chosen(logits)
         sane = ~torch.isnan(logits.amax(-1)) & ~torch.isnan(numbers[0])
         live = active & sane
-        said = torch.where(live, token, -1)
+        said = token.masked_fill(~live, -1)
         kept = torch.stack((said.double(), forced.double(), *numbers), dim=-1)  # [R, KEPT]
         # The number counts on by itself; what is run to warm up must not write behind the end.
         at = self.step_number.clamp(max=self.most - 1)
@@ -296,19 +297,19 @@ class Stepper:
         forced = only >= 0
         token = torch.where(forced, only, token)
         alone = logprobs.gather(1, token[:, None])[:, 0].exp()
-        removed = torch.where(plain, 0.0, (1.0 - mass.double().exp()).clamp(min=0.0))
+        removed = (1.0 - mass.double().exp()).clamp(min=0.0).masked_fill(plain, 0.0)
         removed = torch.where(forced, 1.0 - alone.double(), removed)
         logprob = under.gather(1, token[:, None])[:, 0].double()
         return (
             token,
             forced,
-            (torch.where(forced, 0.0, logprob), removed, torch.where(forced, 0.0, drawn)),
+            (logprob.masked_fill(forced, 0.0), removed, drawn.masked_fill(forced, 0.0)),
         )
 
     def _drawn(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         heat = self.floats[:, 0]
         how = Draw(
-            torch.where(heat > 0, heat, 1.0),
+            heat.masked_fill(heat <= 0, 1.0),
             self._int("top_k"),
             self.floats[:, 1],
             self.mode == "filtered",

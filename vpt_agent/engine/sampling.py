@@ -199,7 +199,8 @@ def _filtered(scaled: Tensor, how: Draw) -> Tensor:
     """``scaled`` [R, vocab] without what top-k, and then top-p, leave out."""
     vocab = scaled.shape[-1]
     ordered = scaled.sort(descending=True, stable=True).values
-    last = torch.where(how.top_k > 0, how.top_k.clamp(max=vocab), vocab) - 1
+    # Never a number in torch.where: on CUDA it would be copied there, which a graph forbids.
+    last = how.top_k.clamp(max=vocab).masked_fill(how.top_k <= 0, vocab) - 1
     scaled = scaled.masked_fill(scaled < ordered.gather(-1, last[:, None]), float("-inf"))
     ordered, order = scaled.softmax(-1).sort(descending=True, stable=True)
     # Keep the smallest set whose mass reaches top_p: drop what comes after it.

@@ -202,7 +202,9 @@ class Decoded(EventBase):
 
     ``drawn`` is the log probability with which each token was drawn, under the constraint and the
     run's sampling (0: greedy, or no choice). With the grammar, ``first`` (ids that alone could
-    begin the turn, sorted; empty: free), ``banned`` and ``max_calls`` give the constraint again."""
+    begin the turn, sorted; empty: free), ``banned`` and ``max_calls`` give the constraint again.
+    ``ahead`` of the tokens were chosen on the device, before the host looked (docs/gpu-decode.md).
+    """
 
     type: Literal["decoded"] = "decoded"
     spans: tuple[SpanInfo, ...]
@@ -213,6 +215,7 @@ class Decoded(EventBase):
     max_calls: int | None = None
     stop: str = ""
     seconds: float = 0.0
+    ahead: int = 0
 
 
 class ToolCalled(EventBase):

@@ -86,6 +86,8 @@ def counts_text(event: Decoded) -> str:
     words = ", ".join(f"{n} {source}" for source, n in counts.items())
     if event.removed_mass:
         words += f", at most {max(event.removed_mass):.2g} of the probability removed"
+    if event.ahead:
+        words += f", {event.ahead} chosen on the device"
     return words
 
 
