@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-from vpt_agent.model import compiled, onerow
+from vpt_agent.model import compiled, onerow, somerows
 
 _BIASED = (True, True, True, False, True, True, False, True, True)
 """Which parts of a layer (in the order of ``_Layer``) one row takes with a bias."""
@@ -172,6 +172,8 @@ class DirectDecoder:
         """
         if onerow.takes(embeds, mask) and self.plain_layers:
             return onerow.one_row(self, embeds, positions, cache)
+        if somerows.takes(embeds) and self.plain_layers:
+            return somerows.some_rows(self, embeds, positions, mask, cache)
         cos, sin = self._angles(positions, embeds.dtype)
         if mask is not None and embeds.shape[1] > 1:
             mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)  # [B, 1, G * L, S]
