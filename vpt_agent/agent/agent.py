@@ -18,6 +18,7 @@ from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
 from vpt_agent.agent.token_surface import TokenDialect
+from vpt_agent.engine.ahead import Decoding
 from vpt_agent.engine.core import Engine, LanguageModel
 from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
@@ -73,13 +74,18 @@ class PerceptionAgent:
         abilities: Abilities,
         max_positions: int = 32768,
         max_cached_tokens: int | None = None,
+        decoding: Decoding = "auto",
         allow_urls: bool = False,
         dialect: Callable[[Engine, Dispatcher], Dialect] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.registry, self.abilities, self.allow_urls = registry, abilities, allow_urls
         self.engine = Engine(
-            model, policy, max_positions=max_positions, max_cached_tokens=max_cached_tokens
+            model,
+            policy,
+            max_positions=max_positions,
+            max_cached_tokens=max_cached_tokens,
+            decoding=decoding,
         )
         self.dispatcher = Dispatcher(self.engine, registry, regions=abilities.regions)
         self._layout, self._dialect = None, None
@@ -120,13 +126,15 @@ class PerceptionAgent:
         max_pixels: int | None = None,
         chat_template: str | None = None,
         constrained: bool = True,
+        compiled: bool = False,
+        decoding: Decoding = "auto",
+        weights: str = "own",
     ) -> PerceptionAgent:
         """Load a checkpoint directory or hub name; None is the small model that ships.
 
         ``device`` auto takes a GPU if there is one. ``dtype`` auto is the checkpoint's on a GPU
         and float32 on the CPU. ``tools``: None takes every installed tool that lacks nothing (an
         extra, a checkpoint), a list adds its tools to those, a registry replaces them. ``progress``
-        compiled: bool = False,
         hears one line per stage of loading.
         A model with a kind of its own needs that kind's tool: without it (and without a registry,
         which says that it is meant) a :class:`UserError` names the tool and its contract.
@@ -137,21 +145,26 @@ class PerceptionAgent:
         (extra ``json``). It writes boxes in its family's frame, or in ``coordinates``
         (``norm1000``, ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a
         picture.
-        """
-        from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
-
-        parts = load_parts(
-            name,
-            device=device,
 
         ``compiled``: this process computes single tokens on one CPU thread by a routine in C that
         is compiled now (:mod:`vpt_agent.model.compiled`; a second, and a C compiler).
-            dtype=dtype,
-            encoders=encoders,
+
+        ``decoding`` says who chooses tokens: the ``device``, several before the host looks, or the
+        ``host``; ``auto`` is the device on CUDA (docs/gpu-decode.md). ``weights``: ``int8`` or
+        ``float8`` gives the language model's layers weights of eight bits (extra ``int8``).
+        """
+        from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
         from vpt_agent.model.compiled import use
 
         if compiled:
             use()
+
+        parts = load_parts(
+            name,
+            device=device,
+            dtype=dtype,
+            encoders=encoders,
+            weights=weights,
             say=progress or (lambda _: None),
             options=StockOptions(coordinates, max_pixels, chat_template, constrained),
         )
@@ -163,6 +176,7 @@ class PerceptionAgent:
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
+            decoding=decoding,
             allow_urls=allow_urls,
             dialect=None if parts.stock is None else stock_dialect(parts, constrained=constrained),
         )

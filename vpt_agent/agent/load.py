@@ -56,17 +56,28 @@ def load_parts(
     encoders: Sequence[str] | None,
     say: Callable[[str], None],
     options: StockOptions = StockOptions(),
+    weights: str = "own",
 ) -> Parts:
     """Load a checkpoint; see :meth:`PerceptionAgent.from_pretrained`."""
     say("loading torch and transformers")
     from vpt_agent.model import VPTForConditionalGeneration, VPTProcessor
     from vpt_agent.model.checkpoint import find_checkpoint
+    from vpt_agent.model.weights import check_weights, use_weights
+
+    check_weights(weights)
 
     place = _device(device)
     kind = _dtype(dtype, place)
     path = shipped_model() if name is None else find_checkpoint(name)
     say(f"reading {path}")
     if encoders is None and is_stock(path):
+        if weights != "own":
+            raise UserError(
+                "weights of eight bits are for models with perception tokens",
+                where=name,
+                got=f"a stock model, weights={weights!r}",
+                fix="leave weights out",
+            )
         return _load_stock(path, str(name), place, kind, options)
     if options != StockOptions():
         raise UserError(
@@ -80,6 +91,7 @@ def load_parts(
     processor = VPTProcessor.from_pretrained(path, config=model.config)
     say(f"moving the model to {place}")
     model.to(place).eval()
+    use_weights(model, weights)
     return parts_of(model, processor.tokenizer, "nano (shipped)" if name is None else str(name))
 
 

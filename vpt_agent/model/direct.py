@@ -27,8 +27,9 @@ from vpt_agent.model import compiled, onerow, somerows
 _BIASED = (True, True, True, False, True, True, False, True, True)
 """Which parts of a layer (in the order of ``_Layer``) one row takes with a bias."""
 _LAYERS = frozenset({"Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"})
-_SOME_ROWS = (8, 64)
-"""From how many rows to how many a product goes the other way round on a CPU: measured with MKL."""
+_SOME_ROWS = {torch.float32: (7, 48), torch.bfloat16: (2, 192)}
+"""From how many rows to how many a product goes the other way round on a CPU: measured with MKL and
+oneDNN, transposing included."""
 _PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -43,13 +44,14 @@ def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [..., n] times ``weight`` [m, n], plus ``bias`` [m]: [..., m].
 
     One row on a CPU goes as a matrix times a vector, which reads half types faster; some dozen
-    rows in float32 as ``weight`` times their columns, for which its routines are faster.
+    rows as ``weight`` times their columns, for which its routines are faster.
     """
     rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or not isinstance(weight, nn.Parameter):
+    if x.device.type != "cpu" or type(weight) is not nn.Parameter:
         return functional.linear(x, weight, bias)
     if rows > 1:
-        if x.dtype != torch.float32 or not _SOME_ROWS[0] <= rows <= _SOME_ROWS[1]:
+        least, most = _SOME_ROWS.get(x.dtype, (0, 0))
+        if not least <= rows <= most:
             return functional.linear(x, weight, bias)
         columns = x.reshape(rows, -1).t()
         made = (
