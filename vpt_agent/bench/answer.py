@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from vpt_agent.bench.clock import Clock
-from vpt_agent.bench.forced import call_length, forced_agent, kind_of
+from vpt_agent.bench.forced import call_length, chosen_ahead, forced_agent, kind_of
 from vpt_agent.bench.limits import Costs, Work
 from vpt_agent.bench.machine import Rates, describe, measure_rates, stamp, threads
 from vpt_agent.bench.published import Generated, Prompt, PublishedProcedure
 from vpt_agent.bench.split import REST, Split, TimedModel, watched
 from vpt_agent.bench.timeline import as_rows, stages
 from vpt_agent.bench.timing import Spread, in_turn, ratios, spreads, timed, timer_for
+from vpt_agent.engine.ahead import Decoding
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import InternalError
 from vpt_agent.trace import (
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 QUESTION = "What is written on the red tag beside the door?"
 OVERHEAD_SHARE, OVERHEAD_SECONDS = 0.02, 0.001
 """Aims for everything that is not model arithmetic: of the time, and per turn."""
-DECODE_SHARE = 0.8
-"""Aim for decoding: of the bandwidth limit, for a model larger than the caches."""
+DECODE_SHARE, DECODE_SHARE_CUDA = 0.8, 0.6
+"""Aims for decoding: of the bandwidth limit, for a model larger than the caches."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Settings:
     repeats: int = 7
     threads: int = 1
     splits: int = 5
+    decoding: Decoding = "auto"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Ours:
         self.timed = TimedModel(loaded.model, Clock())
         self.fastest: Answer | None = None
         tokens = settings.new_tokens
-        self.agent = forced_agent(loaded.model, loaded.processor, new_tokens=tokens)
+        self.agent = forced_agent(
+            loaded.model, loaded.processor, new_tokens=tokens, decoding=settings.decoding
+        )
         self.watched = forced_agent(self.timed, loaded.processor, new_tokens=tokens)
         looked = self.watched.engine.features.look_all
 
@@ -258,6 +262,7 @@ def _bench(
     limit = _limits(ours, answer, rates)
     same = [*rounds[0].ids, *rounds[1].ids] == [*published.call, *published.said]
     usage = answer.usage
+    spoken = _spoken(agent.fastest or answer, limit["decode"])
     agent.close()
     found = {
         "what": "answer",
@@ -278,6 +283,7 @@ def _bench(
         "timeline": as_rows(stages((agent.fastest or answer).trace)),
         "rates": rates.to_dict(),
         "limits": _shares(limit, split["parts"]),
+        "spoken": spoken | {"chosen_on_device": chosen_ahead([answer])},
     }
     return found | {"aims": _aims(found, device, baseline is not ours)}
 
@@ -289,7 +295,7 @@ def _name(dtype: torch.dtype) -> str:
 def _stream(model: VPTForConditionalGeneration) -> int:
     """As many bytes as decoding reads, so that the caches help both alike; not more than 1 GiB."""
     costs = Costs.of(model)
-    return int(min(2**30, max(2**26, (costs.layers + costs.head) * costs.itemsize)))
+    return int(min(2**30, max(2**26, costs.decode_bytes)))
 
 
 def _splits(agent: Ours, count: int) -> dict[str, Any]:
@@ -307,6 +313,15 @@ def _splits(agent: Ours, count: int) -> dict[str, Any]:
             "turns": found[0][1].turns,
         },
     }
+
+
+def _spoken(answer: Answer, least: float) -> dict[str, float]:
+    """Seconds in which the turns of one answer were decoded, with no clock between the stages, and
+    the share of them that the model's arithmetic takes at ``least``. The clock of the parts looks
+    at every pass, so it hides what the device does while nobody looks. On a GPU what was launched
+    before a turn, and had not ended, counts to it."""
+    seconds = sum(e.seconds for e in answer.trace.events if isinstance(e, Decoded))
+    return {"seconds": seconds, "share": least / seconds if seconds else 0.0}
 
 
 def _clocked(published: Published) -> Mapping[str, float]:
@@ -367,6 +382,9 @@ def _shares(limit: Mapping[str, float], parts: Mapping[str, float]) -> dict[str,
 def _aims(found: Mapping[str, Any], device: torch.device, other: bool) -> list[dict[str, Any]]:
     """Each aim with its figure, and whether it is met."""
     aim = 10.0 if device.type == "cuda" else 5.0 if other else 2.6
+    # On a GPU the clock of the parts would hide what runs while nobody looks.
+    decoded = found["spoken" if device.type == "cuda" else "limits"]["share"]
+    decoded = decoded if device.type == "cuda" else decoded["decode"]
     name = f"times faster than the published procedure in {found['baseline_dtype']}"
     rows = [
         (name, found["ratio"][found["timer"]]["median"], aim, True),
@@ -374,8 +392,8 @@ def _aims(found: Mapping[str, Any], device: torch.device, other: bool) -> list[d
          OVERHEAD_SHARE, False),
         ("seconds a turn that are no model arithmetic",
          found["rest"]["seconds_per_turn"]["median"], OVERHEAD_SECONDS, False),
-        ("decode, share of the bandwidth limit", found["limits"]["share"]["decode"],
-         DECODE_SHARE, True),
+        ("decode, share of the bandwidth limit", decoded,
+         DECODE_SHARE_CUDA if device.type == "cuda" else DECODE_SHARE, True),
     ]  # fmt: skip
     return [
         {"aim": text, "figure": figure, "wanted": wanted, "at_least": more,

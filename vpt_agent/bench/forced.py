@@ -7,7 +7,7 @@ greedily among those that neither stop nor call. All else is the agent as it is.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from vpt_agent.prompt.vpt import VPTLayout
 from vpt_agent.tokens.grammar import Event, GrammarState, ParsedCall, ParseError
 from vpt_agent.tokens.table import PerceptionKind
 from vpt_agent.tool import ToolRegistry
+from vpt_agent.trace import Decoded
+from vpt_agent.types import Answer
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,14 @@ def kind_of(model: VPTForConditionalGeneration, name: str) -> PerceptionKind:
             expected=", ".join(known) or "none at all",
         )
     return model.table[name].kind
+
+
+def chosen_ahead(answers: Sequence[Answer]) -> float:
+    """The share of the tokens of ``answers`` that was chosen on the device, before the host
+    looked."""
+    told = [e for a in answers for e in a.trace.events if isinstance(e, Decoded)]
+    count = sum(len(e.removed_mass) for e in told)
+    return sum(e.ahead for e in told) / count if count else 0.0
 
 
 def call_length(kind: PerceptionKind, controls: int) -> int:

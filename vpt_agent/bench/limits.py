@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vpt_agent.bench.machine import Rates
+from vpt_agent.model.weights import stored_bytes
 
 if TYPE_CHECKING:
     from vpt_agent.model import VPTForConditionalGeneration
@@ -32,10 +33,13 @@ class Work:
 @dataclass(frozen=True)
 class Costs:
     """A model's costs. ``layers`` and ``head`` are parameters of the language model's layers and
-    of the output head, ``width`` and ``kv_width`` what attention has of queries and of keys."""
+    of the output head, ``layer_bytes`` and ``head_bytes`` what they take as they are stored;
+    ``width`` and ``kv_width`` what attention has of queries and of keys."""
 
     layers: int
     head: int
+    layer_bytes: int
+    head_bytes: int
     depth: int
     width: int
     kv_width: int
@@ -54,10 +58,13 @@ class Costs:
         embeddings: Any = model.get_input_embeddings()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         total, merger = _weights(vision), _weights(vision.merger)
+        words: int = stored_bytes(embeddings)
         blocks = vision.blocks
         return cls(
             layers=_weights(model.model) - embeddings.weight.numel(),
             head=model.lm_head.weight.numel(),
+            layer_bytes=stored_bytes(model.model) - words,
+            head_bytes=stored_bytes(model.lm_head),
             depth=text.num_hidden_layers,
             width=text.num_attention_heads * head_dim,
             kv_width=text.num_key_value_heads * head_dim,
@@ -68,6 +75,11 @@ class Costs:
             vision_width=blocks[0].norm1.weight.numel(),
             merge=int(vision.spatial_merge_size),
         )
+
+    @property
+    def decode_bytes(self) -> int:
+        """Weights that one token reads."""
+        return self.layer_bytes + self.head_bytes
 
     def vision(self, patches: int) -> Work:
         """The base tower on one picture of ``patches``."""
@@ -83,8 +95,8 @@ class Costs:
         products = 2.0 * (self.layers * tokens + self.head * heads)
         attention = 4.0 * self.depth * seen * self.width
         cache = 2 * self.depth * self.kv_width * (past + tokens)
-        weights = self.layers + (self.head if heads else 0)
-        return Work(products + attention, float((weights + cache) * self.itemsize))
+        weights = self.layer_bytes + (self.head_bytes if heads else 0)
+        return Work(products + attention, float(weights + cache * self.itemsize))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

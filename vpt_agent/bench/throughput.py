@@ -8,10 +8,11 @@ from typing import Any
 
 from vpt_agent.agent.agent import Question
 from vpt_agent.bench.answer import QUESTION, Loaded, picture
-from vpt_agent.bench.forced import call_length, forced_agent, kind_of
+from vpt_agent.bench.forced import call_length, chosen_ahead, forced_agent, kind_of
 from vpt_agent.bench.limits import Costs, Work
 from vpt_agent.bench.machine import Rates, describe, measure_rates, stamp, threads
 from vpt_agent.bench.timing import in_turn, ratios, spreads, timer_for
+from vpt_agent.engine.ahead import Decoding
 from vpt_agent.trace import Decoded, ImageEncoded, PerceptionAppended, PromptRendered
 from vpt_agent.types import Answer, Limits
 
@@ -30,6 +31,7 @@ class Crowd:
     force: str = "clip"
     repeats: int = 3
     threads: int = 1
+    decoding: Decoding = "auto"
 
 
 def bench_throughput(
@@ -48,7 +50,9 @@ def _bench(loaded: Loaded, crowd: Crowd, shape: str, tell: Callable[[str], None]
     limits = Limits(new_tokens=tokens)
     pictures = [picture(crowd.image, seed) for seed in range(crowd.questions)]
     questions = [Question(f"{QUESTION} {i}", data) for i, data in enumerate(pictures)]
-    agent = forced_agent(loaded.model, loaded.processor, new_tokens=crowd.new_tokens)
+    agent = forced_agent(
+        loaded.model, loaded.processor, new_tokens=crowd.new_tokens, decoding=crowd.decoding
+    )
     said: dict[str, list[str]] = {}
     last: list[Answer] = []
 
@@ -89,6 +93,7 @@ def _bench(loaded: Loaded, crowd: Crowd, shape: str, tell: Callable[[str], None]
         "answers_equal": said["alone"] == said["together"],
         "alone": spreads(samples["alone"]),
         "together": both | {"rows_per_forward": sum(rows) / len(rows)},
+        "chosen_on_device": chosen_ahead(last),
         "ratio": ratio,
         "rates": rates.to_dict(),
         "limits": {"seconds": least, "share": share},
@@ -121,7 +126,7 @@ def _least(loaded: Loaded, answers: list[Answer], rates: Rates) -> float:
                 stages.setdefault(("vision", 0), []).append(work)
         for stage, number, new, past in _blocks(answer):
             stages.setdefault((stage, number), []).append(costs.block(new, past))
-    weights = float((costs.layers + costs.head) * costs.itemsize)
+    weights = float(costs.decode_bytes)
     for (stage, _), works in stages.items():
         read = sum(w.bytes for w in works)
         if stage != "vision":

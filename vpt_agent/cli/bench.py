@@ -27,6 +27,12 @@ Shape = Annotated[str, typer.Option(help="Shape of the random weights: 40m, 300m
 Force = Annotated[str, typer.Option(metavar="KIND", help="The kind that the first turn calls.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Weights = Annotated[
+    str, typer.Option(help="own, or of the language layers: int8, float8 (extra int8).")
+]
+Decoding = Annotated[
+    str, typer.Option(help="Who chooses tokens: host, device, compiled-device, or auto.")
+]
 
 
 @app.callback()
@@ -49,6 +55,8 @@ def answer(
         str | None, typer.Option(help="Of the published procedure; without it, the same.")
     ] = None,
     device: Device = "cpu",
+    weights: Weights = "own",
+    decoding: Decoding = "auto",
     drawn: Annotated[
         Path | None, typer.Option("--picture", help="Draw where the time goes (PNG).")
     ] = None,
@@ -58,12 +66,14 @@ def answer(
     """One answer in two rounds, beside the published procedure written plainly."""
     from vpt_agent.bench.answer import Settings, bench_answer
     from vpt_agent.bench.timeline import draw
+    from vpt_agent.engine.ahead import check_decoding
 
-    ours, name = _load(model, shape, force, device, dtype)
+    way = check_decoding(decoding)
+    ours, name = _load(model, shape, force, device, dtype, weights)
     other = None
-    if baseline_dtype not in (None, dtype):
-        other = _load(model, shape, force, device, str(baseline_dtype))[0]
-    settings = Settings(image, new_tokens, force, repeats, threads)
+    if baseline_dtype not in (None, dtype) or weights != "own":
+        other = _load(model, shape, force, device, baseline_dtype or dtype)[0]
+    settings = Settings(image, new_tokens, force, repeats, threads, decoding=way)
     figures = bench_answer(ours, settings, baseline=other, shape=name, tell=_tell)
     if drawn is not None:
         with writing(drawn):
@@ -84,14 +94,18 @@ def throughput(
     threads: Threads = 1,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    weights: Weights = "own",
+    decoding: Decoding = "auto",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Many questions together, beside one after another."""
     from vpt_agent.bench.throughput import Crowd, bench_throughput
+    from vpt_agent.engine.ahead import check_decoding
 
-    loaded, name = _load(model, shape, force, device, dtype)
-    crowd = Crowd(questions, image, new_tokens, force, repeats, threads)
+    way = check_decoding(decoding)
+    loaded, name = _load(model, shape, force, device, dtype, weights)
+    crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way)
     figures = bench_throughput(loaded, crowd, shape=name, tell=_tell)
     lines = [
         f"{way}: {_seconds(figures[way], figures['timer'])} for {questions} questions"
@@ -243,8 +257,19 @@ def _device(name: str) -> Any:
     return place
 
 
-def _load(model: str | None, shape: str, force: str, device: str, dtype: str) -> tuple[Loaded, str]:
+def _load(
+    model: str | None, shape: str, force: str, device: str, dtype: str, weights: str = "own"
+) -> tuple[Loaded, str]:
     """The model to measure, and what it is called."""
+    from vpt_agent.model.weights import check_weights, use_weights
+
+    check_weights(weights)
+    loaded, name = _made(model, shape, force, device, dtype)
+    use_weights(loaded.model, weights)
+    return loaded, name if weights == "own" else f"{name}, {weights}"
+
+
+def _made(model: str | None, shape: str, force: str, device: str, dtype: str) -> tuple[Loaded, str]:
     import torch
 
     from vpt_agent.bench.answer import Loaded

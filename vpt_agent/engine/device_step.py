@@ -1,8 +1,8 @@
 """One token of every row, on the device alone: the step that is replayed without asking the host.
 
 All tensors stay where they are and keep their shapes, nothing is read back, and nothing decides by
-a value in Python (nor is a Python number made a tensor, as ``torch.where`` does: that is a copy from
-the host); so on CUDA the step is recorded once as a graph and replayed. A row that has to
+a value in Python (nor is a Python number made a tensor, as ``torch.where`` does: that is a copy
+from the host); so on CUDA the step is recorded once as a graph and replayed. A row that has to
 stop stays in the batch: it writes to a slot that nobody reads, and what it says is not kept.
 
 R rows, S cache slots that attention sees at most, V ids, D width, N steps that are kept.
@@ -11,7 +11,7 @@ R rows, S cache slots that attention sees at most, V ids, D width, N steps that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +38,10 @@ FLOATS = ("temperature", "top_p")
 """Numbers of each row; the random ones stand behind them."""
 KEPT = 5
 """What is kept of each choice: token (-1: none), forced, logprob, removed, drawn."""
+
+
+_SIZES = 128
+"""Sizes of batches, at most, that one process compiles the step for."""
 
 
 class SteppedCache(ExplicitCache):
@@ -120,6 +124,7 @@ class Stepper:
         slots: int,
         steps: int,
         mode: Mode,
+        compiled: bool = False,
     ) -> None:
         self.model, self.cache, self.tables, self.mode = model, cache, tables, mode
         self.rows, self.slots, self.most = rows, slots, steps
@@ -129,6 +134,9 @@ class Stepper:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers(width, len(INTS) + cache.count(slots), len(FLOATS) + steps)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._compiled: Callable[[], None] | None = None
+        if compiled:
+            self._compiled = torch.compile(self.step, fullgraph=True, dynamic=False)
 
     def _buffers(self, width: int, ints: int, floats: int) -> None:
         device, rows = self.device, self.rows
@@ -140,12 +148,8 @@ class Stepper:
         self.hidden = torch.zeros(rows, width, dtype=self.model.dtype, device=device)
         self.step_number = torch.zeros(1, dtype=torch.int64, device=device)
         self.kept = torch.zeros(self.most, rows, KEPT, dtype=torch.float64, device=device)
-        self.states = torch.zeros(
-            self.most, rows, width, dtype=self.model.dtype, device=device
-        )
-        self._kept_host = torch.zeros(
-            self.most, rows, KEPT, dtype=torch.float64, pin_memory=pinned
-        )
+        self.states = torch.zeros(self.most, rows, width, dtype=self.model.dtype, device=device)
+        self._kept_host = torch.zeros(self.most, rows, KEPT, dtype=torch.float64, pin_memory=pinned)
         self._stopped_host = torch.zeros(self.most, rows, dtype=torch.int64, pin_memory=pinned)
         self._slot = torch.arange(self.slots, device=device)
         self._inner = torch.arange(self.cache.block, device=device)
@@ -209,7 +213,15 @@ class Stepper:
             if self._graph is not None:
                 self._graph.replay()
             else:
-                self.step()
+                self._once()
+
+    def _once(self) -> None:
+        if self._compiled is None:
+            self.step()
+            return
+        # One code serves steppers of many sizes, each of which is compiled for itself.
+        with torch._dynamo.config.patch(recompile_limit=_SIZES):
+            self._compiled()
 
     def _copied(self, first: int, count: int) -> Any:
         """Begin to copy what ``count`` steps have said; the event that says it has come."""
@@ -230,12 +242,12 @@ class Stepper:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.step()
+                self._once()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Tools on other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.step()
+            self._once()
         self._graph = graph
 
     # --- the device's side ----------------------------------------------------------------

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from tests.unit.engine.conftest import KINDS, Kit
-from vpt_agent.engine.ahead import Ahead
 from vpt_agent.engine.core import Engine
-from vpt_agent.engine.decode import Turn, TurnRules, decode_turn
+from vpt_agent.engine.decode import TurnRules, decode_turn
 from vpt_agent.engine.parts import Tokens
 from vpt_agent.engine.sampling import Sampler, Sampling
 from vpt_agent.engine.session import Session
-from vpt_agent.errors import UserError
 from vpt_agent.tokens.grammar import Grammar
 
 GREEDY = Sampling()
@@ -89,7 +87,9 @@ def assert_same(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
     assert session.forward_tokens == other.forward_tokens
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.temperature}-{s.top_k}-{s.top_p}")
+@pytest.mark.parametrize(
+    "sampling", SAMPLINGS, ids=lambda s: f"{s.temperature}-{s.top_k}-{s.top_p}"
+)
 def test_a_turn_is_the_same_on_both_ways(kit: Kit, sampling: Sampling) -> None:
     for kind in KINDS:
         run = (kind, sampling, rules(kit))
