@@ -317,6 +317,15 @@ class PooledCache(ExplicitCache):
         slot = torch.arange(width, device=device)
         return (slot <= torch.from_numpy(last).to(device)[..., None])[:, None]  # [B, 1, L, S]
 
+    def begin_token(self, row: int) -> None:
+        """As :meth:`begin`, for one token of one row."""
+        self._bury()
+        self.reserve(row, 1)
+        start = self.lengths[row]
+        at = self.tables[row][start // self.block] * self.block + start % self.block
+        seen = self._read((row,), (start + 1,), start + 1) if start else None
+        self._now = _Forward(None, slice(at, at + 1), seen, start + 1)
+
     def _real(self, counts: Sequence[int], length: int) -> Tensor | None:
         if min(counts) == length:
             return None

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vpt_agent.engine.ahead import Decoding, make_ahead
+from vpt_agent.engine.alone import alone
 from vpt_agent.engine.cache import KVShape, PooledCache
 from vpt_agent.engine.features import FeatureStore
 from vpt_agent.engine.live import Live, Run, T
@@ -172,6 +173,9 @@ class Engine:
         :class:`~vpt_agent.engine.plan.Planner`); the answer of each feed that is complete, or why
         it cannot be."""
         with self.lock, torch.inference_mode():
+            fed = alone(self, feeding)
+            if fed is not None:
+                return [(feeding[0], fed)]
             planner = Planner(
                 self.cache,
                 self.measures,

@@ -66,6 +66,11 @@ class Live:
         assert isinstance(self.want, Feed)
         return self.want
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of what it asks for has been planned yet."""
+        return not self._ready
+
     def feeds(self) -> bool:
         """Whether it asks for tokens."""
         return not self.finished and isinstance(self.want, Feed)

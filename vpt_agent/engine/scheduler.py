@@ -21,6 +21,9 @@ from vpt_agent.engine.live import Live, Run, T
 from vpt_agent.engine.parts import Fed, Look, Looked, nothing
 from vpt_agent.errors import UserError
 
+BREATH = 16
+"""Steps that a thread makes of the only run there is before it looks whether others wait."""
+
 Outcome = tuple[Live, Fed | UserError | None]
 """The answer to what a run asked for, why there is none, or None: only a part was computed."""
 
@@ -54,7 +57,7 @@ class Scheduler:
     def drive(self, runs: Sequence[Run[T]]) -> list[T]:
         """Run all to their ends; their results in order. What one of them raises ends them all."""
         lives = self._join(runs)
-        for _ in self._steps(lives):
+        for _ in self._steps(lives, BREATH):
             pass
         return [live.result for live in lives]
 
@@ -81,10 +84,10 @@ class Scheduler:
         self._tell()
         return lives
 
-    def _steps(self, lives: list[Live]) -> Generator[None, None, None]:
+    def _steps(self, lives: list[Live], most: int = 1) -> Generator[None, None, None]:
         try:
             while not all(live.finished for live in lives):
-                self._turn(lives)
+                self._turn(lives, most)
                 broken = next((live.error for live in lives if live.error is not None), None)
                 if broken is not None:
                     raise broken
@@ -104,8 +107,9 @@ class Scheduler:
 
     # --- whose turn it is -----------------------------------------------------------------
 
-    def _turn(self, mine: list[Live]) -> None:
-        """One step, by this thread or by another one; nothing if all of ``mine`` are finished."""
+    def _turn(self, mine: list[Live], most: int = 1) -> None:
+        """One step, by this thread or by another one; nothing if all of ``mine`` are finished.
+        Up to ``most`` steps as long as nobody else wants anything."""
         me = threading.get_ident()
         if self._leader == me:  # a run that runs others: they are a step of their own
             self._sleep(self._news, quiet=not self._step(mine))
@@ -119,12 +123,19 @@ class Scheduler:
         moved = True
         try:
             moved = self._step(lives)
+            while moved and most > 1 and self._quiet(lives, news):
+                most -= 1
+                moved = self._step(lives)
         finally:
             with self._changed:
                 self._leader = None
                 self._lives = [live for live in self._lives if not live.finished]
                 self._changed.notify_all()
         self._sleep(news, quiet=not moved)
+
+    def _quiet(self, lives: Sequence[Live], news: int) -> bool:
+        """Whether there is one run only, which asks for tokens, and nothing new."""
+        return len(lives) == 1 and lives[0].feeds() and self._news == news
 
     def _sleep(self, news: int, *, quiet: bool) -> None:
         """Wait for news, if nothing moved: every run waits for its tools."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vpt_agent.engine.alone import token_block
 from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.parts import (
     Block,
@@ -161,6 +162,10 @@ class Session:
         token's embedding is the hidden state of the token before it. ``ahead`` goes with the last
         block.
         """
+        if len(parts) == 1 and isinstance(words := parts[0], Tokens) and len(words.ids) == 1:
+            token = words.ids[0]
+            if token not in self.engine.control_ids:  # a decoded word: nothing to lay out
+                return [(yield Feed(self, token_block(token, self.next_position), logits, ahead))]
         done: list[Fed] = []
         block = _Builder(self.next_position)
         for part in parts:
