@@ -21,6 +21,7 @@ from torch import Tensor
 from vpt_agent.engine.blocks import ROOT, Beginning, Blocks, Prefixes
 from vpt_agent.errors import InternalError, UserError
 from vpt_agent.model.compiled import Slots
+from vpt_agent.model.compiled_rows import RowSlots
 from vpt_agent.model.direct import ExplicitCache
 
 
@@ -54,6 +55,7 @@ class _Forward:
     slots: Tensor | slice
     seen: Tensor | slice | None
     width: int  # S
+    ends: tuple[int, ...]  # length of each row afterwards
 
 
 class PooledCache(ExplicitCache):
@@ -304,6 +306,7 @@ class PooledCache(ExplicitCache):
             self._written(rows, starts, ends),
             None if not any(starts) else self._read(rows, ends, width),
             width,
+            tuple(ends),
         )
         same = len(set(starts)) == 1 and len(set(counts)) == 1
         if same and (length == 1 or starts[0] == 0):
@@ -324,7 +327,7 @@ class PooledCache(ExplicitCache):
         start = self.lengths[row]
         at = self.tables[row][start // self.block] * self.block + start % self.block
         seen = self._read((row,), (start + 1,), start + 1) if start else None
-        self._now = _Forward(None, slice(at, at + 1), seen, start + 1)
+        self._now = _Forward(None, slice(at, at + 1), seen, start + 1, (start + 1,))
 
     def _real(self, counts: Sequence[int], length: int) -> Tensor | None:
         if min(counts) == length:
@@ -373,6 +376,16 @@ class PooledCache(ExplicitCache):
         if isinstance(now.seen, slice):
             return Slots(at, now.seen.start, now.width, None)
         return Slots(at, 0, now.width, now.seen) if len(now.seen) == now.width else None
+
+    def several(self) -> RowSlots | None:
+        """Where the tokens stand that the forward in progress computes, one of each of several
+        rows; None if it computes anything else."""
+        now = self._now
+        if now is None or isinstance(now.slots, slice) or not isinstance(now.seen, Tensor):
+            return None
+        if len(now.slots) != len(now.ends):
+            return None
+        return RowSlots(now.slots, now.seen.view(len(now.ends), now.width), torch.tensor(now.ends))
 
     def commit(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """The forward went well: move the write indexes on."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 KERNEL = "vpt::one_row[cpu:c]"
 """The name by which traces know it."""
 _FLAGS = (("-march=native",), ("-mcpu=native",), ())
-_SOURCE = "onerow.c"
+_SOURCES = ("somerows.c", "onerow.c")  # the first includes the second
 _VECTOR = 16
 _WEIGHTS = 12
 """Of one layer, in the order of the routine; keys and values follow."""
@@ -60,6 +60,9 @@ class Library:
 
     one_row: Any
     times: Any
+    columns: Any = None
+    columns_norm: Any = None
+    rows_attend: Any = None
 
 
 _library: Library | None = None
@@ -95,9 +98,11 @@ def active() -> Library | None:
 
 def _built() -> Library:
     compiler = _compiler()
-    source = resources.files("vpt_agent.model") / _SOURCE
-    with tempfile.TemporaryDirectory(prefix="vpt-agent-") as folder, resources.as_file(source) as c:
-        made = Path(folder) / "onerow.so"
+    with tempfile.TemporaryDirectory(prefix="vpt-agent-") as folder:
+        for name in _SOURCES:
+            source = (resources.files("vpt_agent.model") / name).read_bytes()
+            (Path(folder) / name).write_bytes(source)
+        made, c = Path(folder) / "rows.so", Path(folder) / _SOURCES[0]
         said = ""
         for native in _FLAGS:
             command = [
@@ -142,8 +147,19 @@ def _loaded(path: Path) -> Library:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.vpt_one_row.argtypes = [pointer] * 9 + [number]
     found.vpt_times.argtypes = [pointer] * 3 + [number] * 2 + [pointer, number]
-    found.vpt_one_row.restype = found.vpt_times.restype = None
-    return Library(found.vpt_one_row, found.vpt_times)
+    found.vpt_columns.argtypes = [pointer] * 4 + [number] * 4
+    found.vpt_columns_norm.argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_double, number]
+    found.vpt_rows_attend.argtypes = [pointer] * 11 + [number]
+    routines = (
+        found.vpt_one_row,
+        found.vpt_times,
+        found.vpt_columns,
+        found.vpt_columns_norm,
+        found.vpt_rows_attend,
+    )
+    for routine in routines:
+        routine.restype = None
+    return Library(*routines)
 
 
 # --- one token through all layers -------------------------------------------------------------
@@ -172,12 +188,7 @@ def one_row(decoder: DirectDecoder, embeds: Tensor, positions: Tensor, cache: An
     slots: Slots | None = None if library is None or single is None else single()
     if library is None or slots is None or embeds.dtype not in _TYPES:
         return None
-    weights = _weights(decoder)
-    plain = [0 if w is None else w.data_ptr() for w in weights]
-    known = _checked.get(decoder)
-    if known is None or known.addresses != plain or known.dtype != embeds.dtype:
-        known = _Checked(plain, embeds.dtype, _inner(decoder, weights, embeds.dtype))
-        _checked[decoder] = known
+    plain, known = _looked_at(decoder, embeds.dtype)
     if known.inner is None:
         return None
     kv, d, heads = decoder.kv_heads, decoder.head_dim, decoder.heads
@@ -205,6 +216,22 @@ def one_row(decoder: DirectDecoder, embeds: Tensor, positions: Tensor, cache: An
         embeds.dtype == torch.bfloat16,
     )
     return out
+
+
+def _looked_at(decoder: DirectDecoder, dtype: torch.dtype) -> tuple[list[int], _Checked]:
+    """Where the weights lie (0: there is none), and what is known of their shapes."""
+    weights = _weights(decoder)
+    plain = [0 if w is None else w.data_ptr() for w in weights]
+    known = _checked.get(decoder)
+    if known is None or known.addresses != plain or known.dtype != dtype:
+        known = _Checked(plain, dtype, _inner(decoder, weights, dtype))
+        _checked[decoder] = known
+    return plain, known
+
+
+def knows(decoder: DirectDecoder, dtype: torch.dtype) -> bool:
+    """Whether the routines know the shapes and types of the weights, the tokens being ``dtype``."""
+    return dtype in _TYPES and _looked_at(decoder, dtype)[1].inner is not None
 
 
 def _weights(decoder: DirectDecoder) -> list[Tensor | None]:

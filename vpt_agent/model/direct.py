@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-from vpt_agent.model import compiled, onerow, somerows
+from vpt_agent.model import compiled, compiled_rows, onerow, somerows
 
 _BIASED = (True, True, True, False, True, True, False, True, True)
 """Which parts of a layer (in the order of ``_Layer``) one row takes with a bias."""
@@ -54,6 +54,8 @@ def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not least <= rows <= most:
             return functional.linear(x, weight, bias)
         columns = x.reshape(rows, -1).t()
+        if bias is None and (made := compiled_rows.times(weight, columns)) is not None:
+            return made.t().contiguous().view(*x.shape[:-1], -1)
         made = (
             torch.mm(weight, columns)
             if bias is None
