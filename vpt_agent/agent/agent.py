@@ -231,6 +231,7 @@ class PerceptionAgent:
         *,
         name: str = "model in memory",
         max_cached_tokens: int | None = None,
+        decoding: Decoding = "auto",
     ) -> PerceptionAgent:
         """An agent on a VPT model that is in memory already (while training, in tests)."""
         from vpt_agent.agent.load import parts_of
@@ -244,6 +245,7 @@ class PerceptionAgent:
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
+            decoding=decoding,
         )
 
     @classmethod

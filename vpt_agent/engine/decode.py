@@ -256,8 +256,9 @@ class _Decoder:
         if self.rules.on_token is not None:
             self.rules.on_token(picked.token, picked.source)
 
-    def _flush(self) -> Generator[Feed, Fed, None]:
-        """Compute the pending tokens; price the forced ones among them."""
+    def _flush(self, *, goes_on: bool = True) -> Generator[Feed, Fed, None]:
+        """Compute the pending tokens; price the forced ones among them. ``goes_on``: decoding goes
+        on behind them, so that the device may run ahead."""
         pending = self.turn.pending
         if self.record is not None:
             if self.record.left:  # computed on the device already
@@ -268,7 +269,9 @@ class _Decoder:
         first = len(self.chosen) - len(pending)
         unpriced = [i for i in range(1, len(pending)) if self.chosen[first + i].removed < 0]
         fed = yield from self.session.feed(
-            [Tokens(tuple(pending))], logits="all" if unpriced else "last", ahead=self._ask()
+            [Tokens(tuple(pending))],
+            logits="all" if unpriced else "last",
+            ahead=self._ask() if goes_on else None,
         )
         if fed[-1].ahead is not None:
             self.record, self.turn.pending = fed[-1].ahead, []
@@ -296,7 +299,7 @@ class _Decoder:
         row = self.session.engine.kind_of(call.kind)
         if row.control is None:
             return None
-        yield from self._flush()
+        yield from self._flush(goes_on=call.kind not in self.rules.inline)
         return self.session.take_controls(row.control)
 
     def _finish(self, stop: Stop, token: int | None = None) -> Turn:
