@@ -118,8 +118,15 @@ def _runs(grids: Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def _mix(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+LONG = 1000
+
+
+def _mix(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Result and weights of attention over (batch, heads, length, 32); q and k come scaled.
+
+    `seen` (batch, length, length), in place of `causal`, is true where a query sees a key.
 
     Plain matrix products: for such short rows they train 1.4 times faster on a CPU than the
     fused kernel, whose backward pass is slow.
@@ -127,7 +134,9 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]
     with torch.autocast("cpu", enabled=False):
         v = v.to(q.dtype)
         scores = q @ k.transpose(-1, -2)
-        if causal:
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None], -1e4)
+        elif causal:
             length = scores.shape[-1]
             scores = scores + torch.full((length, length), -1e4, dtype=q.dtype).triu(1)
         weights = scores.softmax(-1)
@@ -164,7 +173,9 @@ def _attend(
     for (images, count), both, values in zip(runs, qk.split(sizes), v.split(sizes), strict=True):
         q, k = both.reshape(images, count, 2 * heads, -1).transpose(1, 2).chunk(2, dim=1)
         values = values.reshape(images, count, heads, -1).transpose(1, 2)
-        out, _ = _mix(q, k, values, causal=False)
+        one = heads if count < LONG else 1  # heads at a time: long rows' weights fill the caches
+        parts = zip(q.split(one, 1), k.split(one, 1), values.split(one, 1), strict=True)
+        out = torch.cat([_mix(*part, causal=False)[0] for part in parts], dim=1)
         outputs.append(out.transpose(1, 2).reshape(images * count, -1))
     mixed: Tensor = attention.proj(torch.cat(outputs))
     return mixed
@@ -197,19 +208,21 @@ def image_features(visual: Any, patches: Tensor, grids: Tensor) -> Tensor:
     return merged
 
 
-def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def text_states(
+    text: Any, x: Tensor, positions: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Last hidden state (batch, length, 192) of the language model, as its own forward gives.
 
     Also what the layer that looks reads (batch, length, 192) and the attention weights
     (batch, 3, length, length) of its first heads.
 
     `positions` is (3, batch, length). Padding must be on the right: under a causal mask it then
-    needs no mask of its own. The rotary factors are kept in the narrow type, because mixing
-    types takes a slow path on CPUs.
+    needs no mask of its own; `seen` (batch, length, length) stands in for the causal one. The
+    rotary factors are kept in the narrow type, because mixing types takes a slow path on CPUs.
     """
     cos, sin = _halves(text.rotary_emb(x, positions), 2, _narrow(x))
     batch, length, _ = x.shape
-    seen = looks = x
+    read = looks = x
     for number, layer in enumerate(text.layers):
         attention = layer.self_attn
         y = layer.input_layernorm(x)
@@ -221,12 +234,12 @@ def text_states(text: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor
         groups = attention.num_key_value_groups
         k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out, weights = _mix(q, k, v, causal=True)
+        out, weights = _mix(q, k, v, causal=True, seen=seen)
         if number == LOOKING_LAYER:
-            seen, looks = y, weights[:, :LOOKING]
+            read, looks = y, weights[:, :LOOKING]
         x = x + attention.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return text.norm(x), seen, looks
+    return text.norm(x), read, looks
 
 
 def answer_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -251,11 +264,14 @@ def _pointing(weights: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, float]
     """Loss that makes some heads look at the asked tag while its cells are being said.
 
     `weights` is (batch, heads, length, length); `asking` (batch, length) marks the tokens that
-    should look and `spot` (batch, length) the visual tokens on the tag. The generator knows
+    should look and `spot` (batch, length) the visual tokens on the tag, or (n, length) those for
+    each of the tokens that look, if a row has several questions (`packed`). The generator knows
     both; left to itself the match of a word and a place took longer than all other training.
     """
-    on_tag = (weights.float() * batch["spot"][:, None, None, :]).sum(-1)
-    chosen = on_tag.transpose(1, 2)[batch["asking"]]
+    spot, asking = batch["spot"], batch["asking"]
+    if "packed" not in batch:
+        spot = spot[asking.nonzero()[:, 0]]
+    chosen = (weights.float().transpose(1, 2)[asking] * spot[:, None]).sum(-1)  # (n, heads)
     return -(chosen + 1e-4).log().mean(), float(chosen.detach().mean())
 
 

@@ -57,7 +57,10 @@ the longest, since a large view costs it 0.2 s forward alone."""
 
 
 class BaselineBatches(SecondBatches):
-    """The stage talk's questions with direct answers; batch i depends only on the pool and i."""
+    """The stage talk's questions with direct answers; batch i depends only on the pool and i.
+
+    ``pack`` puts the questions about a view into one row (:func:`packed`).
+    """
 
     def __init__(
         self,
@@ -67,11 +70,12 @@ class BaselineBatches(SecondBatches):
         size: int = 16,
         start: int = 0,
         plan: Sequence[str] | None = None,
+        pack: bool = True,
     ) -> None:
         # Batches of dense labels alone have no questions; here every batch has those labels.
         plan = [k for k in plan or PLAN["talk"] if _GROUPS.get(k, k) in GROUPS]
         super().__init__("talk", pool, encoder, size, start, plan)
-        self.view = view
+        self.view, self.pack = view, pack
 
     def batch(self, pool: DomainPool, number: int) -> Batch:
         """The batch of a number: the stage's groups of questions in turn."""
@@ -97,7 +101,10 @@ class BaselineBatches(SecondBatches):
             order = np.concatenate([cells[i] for i in images.order()])
             batch |= {"kind": LARGE, "again_labels": torch.from_numpy(order),
                       "again_patches": torch.arange(len(batch["patches"]))}  # fmt: skip
-        return batch | self._shown(batch, group, rows)
+        batch |= self._shown(batch, group, rows)
+        if not self.pack:
+            return batch
+        return packed(batch, [place for _, (place,) in items], self.encoder.image)
 
     def _questions(self, record: DomainRecord, group: str, rng: random.Random) -> list[AskedRecord]:
         """Some of a group's questions about a scene; of any tag, where one is to be read."""
@@ -133,6 +140,57 @@ class BaselineBatches(SecondBatches):
                 learnt = (batch["labels"][row] != -100).nonzero()[:, 0]
                 asking[row, int(learnt[0]) - 1] = True
         return {"spot_again": spot, "asking_again": asking}
+
+
+def packed(batch: Batch, views: Sequence[int], image: int) -> Batch:
+    """The same batch with one row a view: what its questions begin with, and then each of them.
+
+    ``views`` names each row's view, rows of one view together; ``image`` is the id of visual
+    tokens. A question sees the beginning and itself (``seen``), at the positions that it had alone:
+    logits and losses are those of the rows apart, and the view's tokens are computed once.
+    """
+    ids = batch["input_ids"]
+    groups = [[r for r, v in enumerate(views) if v == view] for view in dict.fromkeys(views)]
+    counts = (ids == image).sum(1).tolist()
+    index = batch["image_index"].split(counts)
+    known = (batch["labels"] != -100).int()
+    lengths = (known.shape[1] - known.flip(1).argmax(1)).tolist()  # up to the last label
+    takes: list[list[tuple[int, int]]] = []  # of each new row: whence its tokens come
+    seen = []
+    for rows in groups:
+        first = int((ids[rows[0]] == image).nonzero()[-1]) + 1  # the beginning ends with the view
+        take = [(rows[0], column) for column in range(first)]
+        take += [(row, column) for row in rows for column in range(first, lengths[row])]
+        takes.append(take)
+        part = torch.tensor([-1] * first + [r for r in rows for _ in range(first, lengths[r])])
+        seen.append(((part[:, None] == part) | (part == -1)).tril())
+    longest = max(len(take) for take in takes)
+    source = torch.zeros(len(takes), longest, 2, dtype=torch.long)
+    real = torch.zeros(len(takes), longest, dtype=torch.bool)
+    mask = torch.ones(len(takes), longest, longest, dtype=torch.bool).tril()
+    for row, take in enumerate(takes):
+        source[row, : len(take)], real[row, : len(take)] = torch.tensor(take), True
+        mask[row, : len(take), : len(take)] = seen[row]
+    at, column = source.unbind(-1)
+    found = batch | {
+        "input_ids": torch.where(real, ids[at, column], ids[0, 0]),
+        "labels": torch.where(real, batch["labels"][at, column], -100),
+        "position_ids": torch.where(real, batch["position_ids"][:, at, column], 0),
+        "image_index": torch.cat([index[rows[0]] for rows in groups]),
+        "first_reply": torch.zeros(len(takes), longest - 1, dtype=torch.bool),
+        "seen": mask,
+        "packed": torch.ones(()),
+    }
+    for name in ("", "_again"):
+        if f"asking{name}" in batch:
+            asking = batch[f"asking{name}"][at, column] & real
+            found[f"asking{name}"] = asking
+            # Spots are visual tokens: in the beginning, where all rows of a view have the same.
+            spots = torch.zeros(len(at[asking]), longest, dtype=torch.bool)
+            width = min(longest, ids.shape[1])
+            spots[:, :width] = batch[f"spot{name}"][at[asking], :width]
+            found[f"spot{name}"] = spots
+    return found
 
 
 def visual_tokens(pool: DomainPool, view: View) -> float:

@@ -48,7 +48,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("view", ["global", "large"])
 def test_batches_ask_the_same_and_never_call(work: Path, view: View) -> None:
     encoder = SecondEncoder(second_tokenizer())
-    batches = BaselineBatches(view, work / "pool", encoder, size=3)
+    batches = BaselineBatches(view, work / "pool", encoder, size=3, pack=False)
     pool = DomainPool(work / "pool")
     known = {
         (asked.question, asked.answer) for _, record in pool.records for asked in record.asked
@@ -75,6 +75,28 @@ def test_batches_ask_the_same_and_never_call(work: Path, view: View) -> None:
             assert torch.isfinite(loss)
             assert f"{batch['name']}_answer" in found
     assert shown == ({"spot"} if view == "global" else {"spot", "spot_again"})
+
+
+@pytest.mark.parametrize("view", ["global", "large"])
+def test_questions_about_a_view_in_one_row_are_the_rows_apart(work: Path, view: View) -> None:
+    encoder, pool = SecondEncoder(second_tokenizer()), DomainPool(work / "pool")
+    torch.manual_seed(0)
+    model = Second(build_second(encoder.tokenizer)).eval()
+    for number in range(4):
+        told = {}
+        for pack in (False, True):
+            batches = BaselineBatches(view, work / "pool", encoder, size=3, pack=pack)
+            batch = batches.batch(pool, number)
+            model.zero_grad()
+            loss, metrics = model(batch)
+            loss.backward()
+            gradient = model.vpt.model.embed_tokens.weight.grad.clone()
+            told[pack] = (batch["input_ids"].numel(), float(loss.detach()), metrics, gradient)
+        (tokens, loss, metrics, gradient), (fewer, same, others, near) = told[False], told[True]
+        assert fewer < tokens
+        assert same == pytest.approx(loss, rel=1e-3)  # the forward pass is in bfloat16
+        assert others == pytest.approx(metrics, abs=0.02, nan_ok=True)
+        assert float((gradient - near).norm() / gradient.norm()) < 0.01
 
 
 def test_the_same_number_is_the_same_batch(work: Path) -> None:

@@ -193,7 +193,9 @@ class Second(nn.Module):
                 return dense, metrics
             embeds, places, control = self._embeds(batch, base, other)
             text = self.vpt.model
-            states, seen, looks = text_states(text, embeds, batch["position_ids"])
+            states, seen, looks = text_states(
+                text, embeds, batch["position_ids"], batch.get("seen")
+            )
             targets = batch["labels"][:, 1:]
             chosen = targets != -100
             logits = self.vpt.lm_head(states[:, :-1][chosen]).float()
@@ -208,6 +210,7 @@ class Second(nn.Module):
         for spot in ("", "_again"):
             if f"spot{spot}" in batch and bool(batch[f"asking{spot}"].any()):
                 both = {"spot": batch[f"spot{spot}"], "asking": batch[f"asking{spot}"]}
+                both |= {"packed": batch["packed"]} if "packed" in batch else {}
                 even = batch.get(f"even{spot}")
                 pointing, metrics[f"{name}_pointing{spot}"] = shown(looks, both, even)
                 loss = loss + pointing
