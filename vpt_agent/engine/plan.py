@@ -45,13 +45,32 @@ class Piece:
 class Measures:
     """``chunk`` tokens of prompts, at most, go beside decoding rows; ``most`` where none decode.
 
-    Where tools of several runs begin together, a step waits ``patience`` seconds for them at most,
-    and no longer than a quarter of that for the next one of them.
+    Where tools of several runs begin together, and of more than have something else to do, a step
+    waits ``patience`` seconds for them at most, and no longer than a quarter of that for the next.
     """
 
     chunk: int = 512
     most: int = 8192
-    patience: float = 0.08
+    patience: float = 0.2
+
+    def __post_init__(self) -> None:
+        whole("chunk", self.chunk, where="Measures")
+        whole("most", self.most, where="Measures")
+        if not isinstance(self.patience, int | float) or not 0 <= self.patience < float("inf"):
+            raise UserError(
+                "patience must be seconds, 0 or more", where="Measures", got=repr(self.patience)
+            )
+
+
+def whole(name: str, value: object, *, where: str) -> None:
+    """Raise :class:`UserError` where ``value`` is no whole number from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(
+            f"{name} must be a whole number from 1 on",
+            where=where,
+            got=repr(value),
+            expected=">= 1",
+        )
 
 
 class Planner:

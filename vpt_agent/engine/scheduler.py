@@ -208,7 +208,7 @@ class Scheduler:
             for future in live.want.futures:
                 future.add_done_callback(self._tell)
         begun = [live for live in fresh if live.want.start is not nothing]
-        if len(begun) > 1:
+        if len(begun) > max(1, sum(live.feeds() for live in lives)):
             self._be_patient([f for live in begun for f in live.want.futures])
         ready = [live for live in waiting if all(f.done() for f in live.want.futures)]
         for live in ready:
@@ -223,7 +223,8 @@ class Scheduler:
     def _be_patient(self, futures: Sequence[Future[Any]]) -> None:
         """Wait a moment for tools that have just begun, as long as one after another comes to its
         end: a pass of one row takes nearly as long as one of all of them, and while a step is
-        made, tools that need the model cannot go on."""
+        made, tools that need the model cannot go on. Where most runs have something else to do,
+        nothing is waited for."""
         end = time.monotonic() + self.patience
         with self._changed:
             while left := _going(futures):
