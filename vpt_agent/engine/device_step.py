@@ -191,7 +191,7 @@ class Stepper:
         while True:
             if launched < steps and not stopped:
                 count = min(window, steps - launched)
-                self._launch(count)
+                self.launch(count)
                 waiting.append((launched, self._copied(launched, count)))
                 launched += count
                 if len(waiting) <= (self.device.type == "cuda"):
@@ -208,7 +208,8 @@ class Stepper:
             self._kept_host[:launched].clone(), self.states[:launched].clone(), launched, reads
         )
 
-    def _launch(self, count: int) -> None:
+    def launch(self, count: int) -> None:
+        """Begin ``count`` steps; nobody waits for them."""
         for _ in range(count):
             if self._graph is not None:
                 self._graph.replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from vpt_agent.model.testing import tiny_model
 from vpt_agent.types import Box, View
 from vpt_agent.vision.policy import ImagePolicy
 
+DEVICE = os.environ.get("VPT_TEST_DEVICE", "cpu")
+"""Where the models of these tests lie; benchmarks/gpu.py sets it on a machine with a GPU."""
 ENCODERS = ("clip", "dino", "sam")
 KINDS = ("text", "region", *ENCODERS)
 
@@ -98,6 +101,6 @@ def make_kit(controls: int) -> Kit:
     if controls not in _KITS:
         model, processor = tiny_model(encoders=ENCODERS, controls=controls, seed=controls)
         policy = ImagePolicy(kind="fit", longest=84, crop_longest=56)
-        model.eval()
+        model.to(DEVICE).eval()
         _KITS[controls] = Kit(model, processor.tokenizer, Engine(model, policy), policy)
     return _KITS[controls]
