@@ -173,7 +173,8 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     if not rows.is_file():
         reduced.write_rows(rows, kind, scenes=args.scenes, controls=run.controls)
     if not (folder / "fresh" / "ready").is_file():
-        reduced.make_model(folder / "fresh", table, seed=run.seed)
+        base = args.work / "base.safetensors"
+        reduced.make_model(folder / "fresh", table, seed=run.seed, base=base)
         (folder / "fresh" / "ready").touch()
     trained = _train(run, folder, rows, args)
     began = time.process_time()
@@ -223,8 +224,12 @@ def _train(run: Run, folder: Path, rows: Path, args: argparse.Namespace) -> dict
     return found
 
 
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _say(run: Run) -> Any:
-    return lambda line: print(f"{run.name}: {line}", file=sys.stderr, flush=True)
+    return lambda line: _print(f"{run.name}: {line}")
 
 
 def _measure(run: Run, kind: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -368,6 +373,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes")
+    parser.add_argument("--base-steps", type=int, default=2400, help="of the model all begin with")
     parser.add_argument("--unseen", type=int, default=500, help="scenes to measure on")
     parser.add_argument("--only", default="", help="only runs whose name holds this")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 share the runs")
@@ -393,13 +399,15 @@ def main() -> None:
 
 def run_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, str]:
     """Run them one after the other; gives the reasons of those that failed."""
-    import reduced
+    import reduced_base
     import torch
 
     from vpt_agent.errors import VPTError
 
     torch.set_num_threads(1)  # CPU time is what is compared
-    reduced.draw_scenes(args.work / "scenes", args.scenes)
+    reduced_base.learn_base(
+        args.work, scenes=args.scenes, steps=args.base_steps, rate=reduced_base.RATE, say=_print
+    )
     began, failed = time.monotonic(), dict[str, str]()
     for place, run in enumerate(runs, start=1):
         spent = (time.monotonic() - began) / 60

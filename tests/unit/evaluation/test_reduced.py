@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from vpt_agent.data import RowEncoder, read_row, row_views
 from vpt_agent.data.encode import Encoded
@@ -23,7 +27,7 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("reduced"), importlib.import_module("ablations")
-    for name in ("reduced", "ablations"):
+    for name in ("reduced", "reduced_base", "ablations"):
         sys.modules.pop(name, None)
 
 
@@ -126,3 +130,52 @@ def test_scenes_are_drawn_once_and_alike(
     assert item.picture().tobytes() == reduced.test_item(5).picture().tobytes()
     assert item.question in reduced.COLOURS
     assert item.answer in reduced.MARKS
+
+
+def test_a_mark_shows_close_up_and_not_at_first_sight(
+    modules: tuple[ModuleType, ModuleType],
+) -> None:
+    reduced, _ = modules
+
+    def seen(mark: str, side: int) -> np.ndarray:
+        disc = reduced.Disc("R", mark, (200, 200, 260, 260))
+        picture = reduced.draw([disc], 0).resize((side, side), Image.Resampling.BICUBIC)
+        inner = [round(v * side / reduced.SIDE) for v in (214, 246)]
+        return np.asarray(picture, float)[inner[0] : inner[1], inner[0] : inner[1]]
+
+    for side, least, most in ((reduced.VIEW, 0, 12), (reduced.LOOK, 14, 255)):
+        waves = [seen(mark, side)[..., 1].std() for mark in reduced.MARKS]
+        assert least <= min(waves), side
+        assert max(waves) <= most, side
+    means = [seen(mark, reduced.SIDE).mean() for mark in reduced.MARKS]
+    assert max(means) - min(means) < 6
+
+
+def test_the_base_is_learnt_goes_on_after_a_kill_and_is_taken(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduced, _ = modules
+    reduced_base = importlib.import_module("reduced_base")
+    monkeypatch.setattr(reduced_base, "EVERY", 3)
+    how = {"scenes": 3, "steps": 5, "rate": 1e-3}
+    told: list[str] = []
+    whole = reduced_base.learn_base(tmp_path, say=told.append, **how)
+    assert "whole off by" in " ".join(told)
+    weights = load_file(whole)
+    whole.unlink()  # as if it had been killed after its third step, the last that was kept
+    assert (tmp_path / "base.part").is_file()
+    told.clear()
+    again = load_file(reduced_base.learn_base(tmp_path, say=told.append, **how))
+    assert not any("step 2" in line for line in told)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    reduced_base.learn_base(tmp_path, say=pytest.fail, **how)  # is there
+    for kind in ("region", "box", "dino"):
+        table = reduced.make_table(kind)
+        reduced.make_model(tmp_path / kind, table, seed=1, base=tmp_path / "base.safetensors")
+        model = VPTForConditionalGeneration.from_pretrained(tmp_path / kind)
+        embeddings = model.get_input_embeddings().weight
+        known = weights["model.embed_tokens.weight"]
+        assert torch.equal(embeddings[: len(known)], known)
+        assert len(embeddings) > len(known)
+        assert torch.equal(model.visual.merger.ln_q.weight, weights["visual.merger.ln_q.weight"])
+        assert hasattr(model, "detection_model") == (kind == "dino")
