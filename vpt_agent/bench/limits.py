@@ -6,9 +6,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from vpt_agent.bench.machine import Rates
+from vpt_agent.bench.timing import timed, timer_for
+from vpt_agent.model.direct import times
 from vpt_agent.model.weights import stored_bytes
 
 if TYPE_CHECKING:
@@ -98,9 +101,40 @@ class Costs:
         weights = self.layer_bytes + (self.head_bytes if heads else 0)
         return Work(products + attention, float(weights + cache * self.itemsize))
 
+    def attention(self, tokens: int, past: int) -> Work:
+        """The part of :meth:`block` that is attention: its operations, and the cache."""
+        return self.block(tokens, past, heads=0) + Work(
+            -2.0 * self.layers * tokens, -float(self.layers * self.itemsize)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def products_seconds(
+    model: VPTForConditionalGeneration, rows: int, heads: int, *, repeats: int = 3
+) -> float:
+    """Seconds that the language model's products alone take for ``rows`` tokens together, and the
+    output head's for ``heads`` of them: the best of ``repeats`` passes over all weights, one after
+    another, by the routines that the model computes with."""
+    weights = [
+        module.weight for module in model.model.layers.modules() if isinstance(module, nn.Linear)
+    ]
+    with torch.inference_mode():
+        wide = {n: torch.randn(rows, n).to(weights[0]) for n in {w.shape[1] for w in weights}}
+        head = model.lm_head.weight
+        last = torch.randn(heads, head.shape[1]).to(head)
+
+        def once() -> None:
+            for weight in weights:
+                times(wide[weight.shape[1]], weight)
+            if heads:
+                times(last, head)
+
+        device = head.device
+        samples = [timed(once, device).by(timer_for(device)) for _ in range(repeats + 1)][1:]
+    return min(samples)
 
 
 def _weights(module: nn.Module) -> int:

@@ -90,12 +90,15 @@ def throughput(
     image: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of a picture.")] = 224,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each second turn.")] = 128,
     force: Force = "clip",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each way, in turn.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each way, in turn.")] = 2,
     threads: Threads = 1,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     weights: Weights = "own",
     decoding: Decoding = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With the routines in C (one CPU thread).")
+    ] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,13 +108,21 @@ def throughput(
 
     way = check_decoding(decoding)
     loaded, name = _load(model, shape, force, device, dtype, weights)
-    crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way)
+    crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way, compiled)
     figures = bench_throughput(loaded, crowd, shape=name, tell=_tell)
     lines = [
         f"{way}: {_seconds(figures[way], figures['timer'])} for {questions} questions"
         for way in ("alone", "together")
     ]
     lines.append(f"rows in a forward, mean: {figures['together']['rows_per_forward']:.1f}")
+    limits = figures["limits"]
+    for name, limit in (
+        ("the machine's rates", limits),
+        ("products as measured for these rows", limits["with_measured_products"]),
+    ):
+        lines.append(f"limit by {name}: {limit['seconds']:.2f} s, share {limit['share']:.2f}")
+    parts = figures["together"]["parts"]
+    lines.append(", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items()) + " s")
     if not figures["answers_equal"]:
         lines.append("the answers differ between the two ways")
     _done(figures, out, as_json, lines)
