@@ -310,6 +310,11 @@ class Ahead:
 
     # --- recorded steps -------------------------------------------------------------------
 
+    @property
+    def latest(self) -> Stepper | None:
+        """The step that was used last: for measurements."""
+        return next((stepper for _, stepper in reversed(self._steppers.values())), None)
+
     def _loaded_tables(self) -> Tables:
         if self._tables is None:
             engine = self.engine
