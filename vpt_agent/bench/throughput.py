@@ -15,7 +15,7 @@ from vpt_agent.bench.forced import call_length, chosen_ahead, forced_agent, kind
 from vpt_agent.bench.limits import Costs, Work, products_seconds
 from vpt_agent.bench.machine import Rates, describe, measure_rates, stamp, threads
 from vpt_agent.bench.split import TimedModel
-from vpt_agent.bench.timing import in_turn, ratios, spreads, timed, timer_for
+from vpt_agent.bench.timing import Sample, in_turn, ratios, spreads, timed, timer_for
 from vpt_agent.engine.ahead import Decoding
 from vpt_agent.model import compiled
 from vpt_agent.trace import Decoded, ImageEncoded, PerceptionAppended, PromptRendered
@@ -31,7 +31,8 @@ head; choosing tokens; conditioning. The rest is agents, pictures' decoding and 
 @dataclass(frozen=True)
 class Crowd:
     """``questions``, each on a picture of its own of ``image`` x ``image`` pixels, with a forced
-    call of ``force`` and then ``new_tokens`` tokens. ``compiled``: by the routines in C."""
+    call of ``force`` and then ``new_tokens`` tokens. ``compiled``: by the routines in C. Of all of
+    them ``alone`` are asked one after another, too, and their time counts for all."""
 
     questions: int = 16
     image: int = 224
@@ -41,6 +42,7 @@ class Crowd:
     threads: int = 1
     decoding: Decoding = "auto"
     compiled: bool = False
+    alone: int = 4
 
 
 def bench_throughput(
@@ -85,15 +87,15 @@ class _Ways:
         self.answers = self._together(self.agent, self.questions)
         self.rows = list(self.agent.engine.counters.rows_per_forward)
         self.texts["together"] = [answer.text for answer in self.answers]
+        self.tell(f"{len(self.answers)} questions together")
 
     def alone(self) -> None:
         """One after another."""
         self.agent.engine.features.clear()
         self.texts["alone"] = []
-        for number, question in enumerate(self.questions, 1):
+        for question in self.questions[: self.crowd.alone]:
             self.texts["alone"].append(self._one(question).text)
-            if number % 4 == 0:
-                self.tell(f"alone: {number} of {len(self.questions)}")
+        self.tell(f"{self.crowd.alone} questions one after another")
 
     def _one(self, question: Question) -> Answer:
         return self.agent.run(
@@ -141,12 +143,14 @@ def _bench(loaded: Loaded, crowd: Crowd, shape: str, tell: Callable[[str], None]
         device=device,
         tell=tell,
     )
+    scale = len(ways.questions) / min(crowd.alone, len(ways.questions))
+    alone = [Sample(s.wall * scale, s.cpu * scale) for s in samples["alone"]]
     parts = ways.profile()
     tell("measuring the machine")
     rates = measure_rates(loaded.model.dtype, device, stream=2**28)
     least, library = _least(loaded, ways.answers, rates)
     ways.agent.close()
-    ratio, both = ratios(samples["alone"], samples["together"]), spreads(samples["together"])
+    ratio, both = ratios(alone, samples["together"]), spreads(samples["together"])
     taken = both[timer]["median"]
     return {
         "what": "throughput",
@@ -156,8 +160,8 @@ def _bench(loaded: Loaded, crowd: Crowd, shape: str, tell: Callable[[str], None]
         "settings": asdict(crowd),
         "timer": timer,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "answers_equal": ways.texts["alone"] == ways.texts["together"],
-        "alone": spreads(samples["alone"]),
+        "answers_equal": ways.texts["alone"] == ways.texts["together"][: crowd.alone],
+        "alone": spreads(alone) | {"scale": scale},
         "together": both | {"rows_per_forward": sum(ways.rows) / len(ways.rows), "parts": parts},
         "chosen_on_device": chosen_ahead(ways.answers),
         "ratio": ratio,

@@ -99,6 +99,9 @@ def throughput(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="With the routines in C (one CPU thread).")
     ] = False,
+    alone: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many are asked one after another, too.")
+    ] = 4,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -108,7 +111,7 @@ def throughput(
 
     way = check_decoding(decoding)
     loaded, name = _load(model, shape, force, device, dtype, weights)
-    crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way, compiled)
+    crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way, compiled, alone)
     figures = bench_throughput(loaded, crowd, shape=name, tell=_tell)
     lines = [
         f"{way}: {_seconds(figures[way], figures['timer'])} for {questions} questions"

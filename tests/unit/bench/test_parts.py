@@ -8,9 +8,10 @@ import torch
 from vpt_agent.bench.answer import Loaded
 from vpt_agent.bench.clock import Clock
 from vpt_agent.bench.kernels import bench_kernels
+from vpt_agent.bench.limits import Costs, products_seconds
 from vpt_agent.bench.machine import describe, measure_rates, threads
 from vpt_agent.bench.start import _run, bench_import
-from vpt_agent.bench.throughput import Crowd, bench_throughput
+from vpt_agent.bench.throughput import PARTS, Crowd, bench_throughput
 from vpt_agent.bench.timing import Sample, Spread, in_turn, ratios, spreads, timer_for
 from vpt_agent.errors import InternalError, UserError
 from vpt_agent.model.testing import tiny_model
@@ -87,7 +88,43 @@ def test_a_crowd_is_answered_as_one_by_one() -> None:
     found = bench_throughput(Loaded(*tiny_model(("clip",))), crowd)
     assert found["answers_equal"]
     assert found["together"]["rows_per_forward"] > 1
-    assert 0 < found["limits"]["share"] < 1
+    limits = found["limits"]
+    assert 0 < limits["share"] < 1
+    measured = limits["with_measured_products"]
+    assert measured["share"] == pytest.approx(
+        limits["share"] * measured["seconds"] / limits["seconds"]
+    )
+    parts = found["together"]["parts"]
+    assert set(parts) == {*PARTS, "rest"}
+    assert all(parts[name] > 0 for name in ("vision", "blocks", "decode", "logits", "choose"))
+
+
+def test_some_of_a_crowd_stand_for_all_alone() -> None:
+    told: list[str] = []
+    crowd = Crowd(questions=4, image=56, new_tokens=3, repeats=1, alone=2)
+    found = bench_throughput(Loaded(*tiny_model(("clip",))), crowd, tell=told.append)
+    assert found["answers_equal"]
+    assert found["alone"]["scale"] == 2
+    ratio = found["alone"]["cpu"]["median"] / found["together"]["cpu"]["median"]
+    assert found["ratio"]["cpu"]["median"] == pytest.approx(ratio)
+    assert told[0] == "warming up"
+    assert "2 questions one after another" in told
+
+
+def test_attention_is_what_a_block_has_besides_its_products() -> None:
+    model = tiny_model(("clip",))[0]
+    costs = Costs.of(model)
+    seen = costs.attention(5, 20)
+    whole = costs.block(5, 20, heads=0)
+    assert whole.flops - seen.flops == 2.0 * costs.layers * 5
+    assert whole.bytes - seen.bytes == costs.layers * costs.itemsize
+    assert seen.bytes == 2 * costs.depth * costs.kv_width * 25 * costs.itemsize
+
+
+def test_products_are_measured_over_all_weights() -> None:
+    model = tiny_model(("clip",))[0]
+    assert 0 < products_seconds(model, 4, 0) < 5
+    assert 0 < products_seconds(model, 4, 4) < 5
 
 
 def test_imports_are_measured_in_processes_of_their_own() -> None:
