@@ -1,0 +1,127 @@
+"""The step asks nobody: no value is read back, and nothing comes from the host's memory.
+
+On the ``meta`` device tensors have shapes and no values: a step that decides by a value, or takes in
+a tensor of the host, cannot run there. That is what recording it as a CUDA graph needs, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vpt_agent.engine.ahead import weights_of
+from vpt_agent.engine.cache import PooledCache
+from vpt_agent.engine.core import kv_shape
+from vpt_agent.engine.device_step import SteppedCache, Stepper
+from vpt_agent.engine.device_tables import Tables
+from vpt_agent.errors import InternalError
+from vpt_agent.model.testing import tiny_model
+
+MODES = ("greedy", "sampled", "filtered")
+
+
+class Places(TorchDispatchMode):
+    """Notes every operator that takes or gives a tensor of the host, or reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.wrong: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += 1
+        flat = torch.utils._pytree.tree_leaves((args, kwargs, out))
+        if any(isinstance(t, Tensor) and t.device.type == "cpu" for t in flat):
+            self.wrong.append(str(func))
+        return out
+
+
+def stepper_of(model: Any, mode: Any, rows: int = 2) -> Stepper:
+    cache = PooledCache(kv_shape(model))
+    cache.reserve(cache.allocate(), 40)
+    tables = Tables(model.config.text_config.vocab_size, frozenset({3}), model.device)
+    return Stepper(model, cache, tables, rows=rows, slots=128, steps=16, mode=mode)
+
+
+@pytest.mark.parametrize("base", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_needs_no_values(base: str, dtype: torch.dtype) -> None:
+    model, _ = tiny_model(("clip",), base=base)
+    model.to(dtype).to("meta")
+    for mode in MODES:
+        stepper = stepper_of(model, mode)
+        with torch.inference_mode(), Places() as places:
+            stepper.step()
+        assert places.count > 100
+        assert not places.wrong
+
+
+def test_a_step_that_reads_a_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny_model(("clip",))
+    model.to("meta")
+    real = model.compute_logits
+
+    def curious(hidden: Tensor) -> Tensor:
+        return real(hidden) if float(hidden.sum()) > 0 else real(-hidden)
+
+    monkeypatch.setattr(model, "compute_logits", curious)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="meta"):
+        stepper_of(model, "greedy").step()
+
+    def forgetful(hidden: Tensor) -> Tensor:
+        return real(hidden) + torch.ones(1)
+
+    monkeypatch.setattr(model, "compute_logits", forgetful)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="device"):
+        stepper_of(model, "greedy").step()
+
+
+def test_buffers_stay_where_they_are() -> None:
+    model, _ = tiny_model(("clip",))
+    stepper = stepper_of(model, "filtered")
+    tensors = {n: t for n, t in vars(stepper).items() if isinstance(t, Tensor)}
+    tensors |= {n: t for n, t in vars(stepper.tables).items() if isinstance(t, Tensor)}
+    places = {n: t.data_ptr() for n, t in tensors.items()}
+    with torch.inference_mode():
+        stepper.load([], 0)
+        said = stepper.run(8, 4)
+    owners = vars(stepper) | vars(stepper.tables)
+    assert {n: owners[n].data_ptr() for n in places} == places
+    assert said.steps == 4, "rows that are missing have stopped: the host sees it at its first look"
+    assert bool((said.choices[:, :, 0] == -1).all())
+
+
+def test_a_recorded_step_relies_on_modules_and_weights() -> None:
+    model, _ = tiny_model(("clip",))
+    before = weights_of(model)
+    assert before is not None
+    assert weights_of(model) == before
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    assert weights_of(model) is None
+    hook.remove()
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()
+    assert weights_of(model) not in (None, before)
+    moved = weights_of(model)
+    model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp)
+    assert weights_of(model) != moved
+
+
+def test_attention_outside_a_step_is_our_fault() -> None:
+    model, _ = tiny_model(("clip",))
+    view = SteppedCache(PooledCache(kv_shape(model)))
+    assert view.get_mask_sizes(1, 0) == (0, 0)
+    view.cache.reserve(view.cache.allocate(), 1)
+    with pytest.raises(InternalError, match="attention ran outside a step"):
+        view.update(torch.zeros(1), torch.zeros(1), 0)
