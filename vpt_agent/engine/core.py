@@ -29,7 +29,8 @@ from vpt_agent.engine.plan import FEW, Measures, Piece, Planner
 from vpt_agent.engine.scheduler import Outcome, Scheduler
 from vpt_agent.engine.session import Session
 from vpt_agent.errors import UserError
-from vpt_agent.model.deepstack import put, widened
+from vpt_agent.kernels import Stretch
+from vpt_agent.model.deepstack import put_at, widened
 from vpt_agent.tokens.table import ResolvedKind, ResolvedTable
 from vpt_agent.vision.policy import ImagePolicy
 
@@ -168,6 +169,11 @@ class Engine:
         with self.lock, torch.inference_mode():
             return self.features.look_all(looks)
 
+    def foresee(self, looks: Sequence[Look]) -> None:
+        """Begin features that will be asked for, beside the model's work, where that can gain."""
+        with self.lock, torch.inference_mode():
+            self.features.begin(looks)
+
     def step(self, feeding: Sequence[Live], everyone: Sequence[Live]) -> list[Outcome]:
         """Compute what fits into one step of what ``feeding`` ask for (see
         :class:`~vpt_agent.engine.plan.Planner`); the answer of each feed that is complete, or why
@@ -270,22 +276,21 @@ class Engine:
             return self.model.get_input_embeddings()(words), places
         ids = torch.zeros(len(blocks), width, dtype=torch.long)
         positions = torch.zeros(3, len(blocks), width, dtype=torch.long)
-        index: list[Tensor] = []
+        stretches: list[Stretch] = []
         features: list[Tensor] = []
+        done = 0
         for b, block in enumerate(blocks):
             ids[b, : counts[b]] = torch.tensor(block.ids)
             positions[:, b, : counts[b]] = block.positions
             for offset, tokens in block.visual:
-                index.append(torch.arange(tokens.shape[0]) + b * width + offset)
+                stretches.append(Stretch(b, offset, tokens.shape[0], done))
                 features.append(tokens)
+                done += tokens.shape[0]
         embeds = self.model.get_input_embeddings()(ids.to(self.device))  # [B, L, D]
         if features:
             wide = max(f.shape[-1] for f in features)
-            embeds = put(
-                embeds,
-                torch.cat([widened(f.to(embeds), wide) for f in features]),
-                torch.cat(index).to(self.device),
-            )
+            rows = torch.cat([widened(f.to(embeds), wide) for f in features])
+            embeds = put_at(embeds, rows, stretches)
         return embeds, positions.to(self.device)
 
     def _logits(self, pieces: Sequence[Piece], states: Sequence[Tensor]) -> list[Tensor | None]:
