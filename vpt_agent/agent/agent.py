@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt_agent.agent.dialect import Dialect
 from vpt_agent.agent.dispatch import Dispatcher
+from vpt_agent.agent.pictures import Ahead, Given, Images, Pictures
 from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
 from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
@@ -94,6 +95,7 @@ class PerceptionAgent:
         elif tokenizer is not None:
             self._layout = VPTLayout(tokenizer, model.table.table)
 
+        self.pictures = Pictures(self.engine.features.prepare, allow_urls=allow_urls)
     @property
     def layout(self) -> VPTLayout:
         """How conversations with perception tokens are laid out."""
@@ -348,6 +350,7 @@ class PerceptionAgent:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        self.pictures.close()
     ) -> Answer:
         """Answer one question about one or several pictures.
 
@@ -398,16 +401,29 @@ class PerceptionAgent:
         One question's trouble is its own: its answer has status ``failed`` and says why in
         ``warnings``; the others go on.
         """
-        runs = []
+        asked = []
         sampling = Sampling(temperature, top_k, top_p, seed)
         for entry in questions:
             q = _question(entry)
             given = {"tool_choice": tool_choice, "limits": limits, "seed": seed}
             own = {k: getattr(q, k) for k in given if getattr(q, k) is not None}
-            runs.append(self._one_of_batch(replace(q, **(given | own)), sampling))
-        return self.engine.drive(runs)
+            asked.append(replace(q, **(given | own)))
+        # Runs in one trace are numbered as they begin: those do not begin as pictures come.
+        apart = not any(isinstance(q.trace, Trace) for q in asked)
+        ahead = None
+        if apart:
+            ahead = self.pictures.ahead([q.image for q in asked], most=self.engine.loop.most)
+        try:
+            return self.engine.drive(
+                [self._one_of_batch(q, sampling, ahead, i) for i, q in enumerate(asked)]
+            )
+        finally:
+            if ahead is not None:
+                ahead.close()
 
-    def _one_of_batch(self, q: Question, sampling: Sampling) -> Steps:
+    def _one_of_batch(
+        self, q: Question, sampling: Sampling, ahead: Ahead | None, number: int
+    ) -> Steps:
         """One question, whose errors are its answer. Its cache row is given back as it ends."""
         talk: Talk | None = None
         try:
@@ -417,7 +433,7 @@ class PerceptionAgent:
                 q.tool_choice or "auto",
                 q.limits,
                 replace(sampling, seed=q.seed),
-                q.image,
+                image,
                 intervention=q.intervention,
             )
             return (yield from steps)
@@ -427,6 +443,9 @@ class PerceptionAgent:
             if talk is not None:
                 talk.close()
 
+            image: Images | Given = q.image
+            if ahead is not None:
+                image = yield from ahead.given(number)
     def conversation(self, image: Images = None, *, trace: TraceTarget = None) -> Talk:
         """Several questions on the same pictures: one session, one trace."""
         return Talk(self, image, trace)
@@ -439,6 +458,8 @@ def _failed(error: Exception, trace: Trace) -> Answer:
 
 
 def _question(entry: Question | str | tuple[str, Images]) -> Question:
+            if ahead is not None:
+                ahead.finished()
     if isinstance(entry, Question):
         return entry
     if isinstance(entry, str):

@@ -96,6 +96,20 @@ class Dispatcher:
                     looks.append(Look(encoder, (view,)))
         return looks
 
+    def foresee(self, kind: str, view: View | None) -> None:
+        """A call of ``kind`` has begun, or will come: what it will need of ``view`` can be begun,
+        if it carries no arguments that may name another picture."""
+        if view is None or kind not in self.engine.table:
+            return
+        row = self.engine.kind_of(kind).kind
+        tool = self.registry.find(row.tool)
+        if tool is None or row.payload != "control":
+            return
+        needed = {need.removeprefix("encoder:") for need in tool.needs if need != "encoder:base"}
+        looks = [Look(e, (view,)) for e in sorted(needed) if e in self.engine.table]
+        if looks:
+            self.engine.foresee(looks)
+
     def answers(
         self,
         calls: Sequence[ToolCall],

@@ -132,6 +132,8 @@ class Recorder:
                     reused=item.reused,
                     kernels=item.kernels,
                     seconds=item.seconds,
+                    early=item.early,
+                    hidden=item.hidden,
                 )
             )
 

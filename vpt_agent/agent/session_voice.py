@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -127,6 +128,8 @@ class SessionVoice:
     def ask(self) -> Steps[None]:
         """Encode the pictures, prefill the prompt."""
         r = self.request
+        if len(r.first) == 1:  # the first turn must call it
+            self._foresee(r.first[0])
         looked = yield from self._look(r.views)
         first = not len(self.session) and not self.talk.tail
         pieces = (self.surface.opening if first else self.surface.follow_up)(r.views, r.question)
@@ -188,6 +191,10 @@ class SessionVoice:
         """``pieces`` behind the end of the assistant's turn, where that is missing."""
         missing, self.talk.unclosed = self.talk.unclosed, False
         return [Ids((self.surface.end,)), *pieces] if missing else list(pieces)
+
+    def _foresee(self, kind: object) -> None:
+        """A call of ``kind`` has begun: what needs only the picture can begin, too."""
+        self.dispatcher.foresee(str(kind), self.talk.originals[-1] if self.talk.originals else None)
 
     def _look(self, views: Sequence[View]) -> Generator[Any, Any, dict[str, Looked]]:
         if not views:
@@ -252,6 +259,7 @@ class SessionVoice:
         before = self._spent()
         assert self._logits is not None
         rules = self.surface.rules(allowed, self.on_token, self.room())
+        rules = replace(rules, on_start=self._foresee)
         turn = yield from decode_turn(self.session, self._logits, self.sampler, rules)
         self._count(before)
         self._turn, self.talk.tail = turn, turn.pending

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vpt_agent.agent.dialect import Asked, Dialect, Heard
+from vpt_agent.agent.pictures import Given, Images
 from vpt_agent.agent.recorder import Recorder
 from vpt_agent.agent.run import Run, Steps
 from vpt_agent.agent.state import Conversation
@@ -17,13 +18,11 @@ from vpt_agent.engine.intervention import Intervention
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import UserError
 from vpt_agent.trace import Event, Trace
-from vpt_agent.types import Answer, Limits, TokenSource, View
-from vpt_agent.vision.images import Source, load_views
+from vpt_agent.types import Answer, Limits, TokenSource
 
 if TYPE_CHECKING:
     from vpt_agent.agent.agent import PerceptionAgent
 
-Images = Source | Sequence[Source] | None
 TraceTarget = Trace | str | Path | None
 
 
@@ -62,7 +61,7 @@ class Talk:
 
     def __init__(self, agent: PerceptionAgent, image: Images, trace: TraceTarget) -> None:
         self.agent = agent
-        self._waiting = _load(image, agent.allow_urls)  # no answered question has shown them
+        self._waiting = agent.pictures.load(image)  # no answered question has shown them
         self.trace = (
             trace if isinstance(trace, Trace) else Trace(trace, model=agent.abilities.to_dict())
         )
@@ -151,7 +150,7 @@ class Talk:
         tool_choice: str,
         limits: Limits | None,
         sampling: Sampling,
-        image: Images = None,
+        image: Images | Given = None,
         heard: Heard = _NOBODY,
         intervention: Intervention | None = None,
     ) -> Steps:
@@ -164,7 +163,7 @@ class Talk:
             raise UserError(
                 "this conversation is closed", where="Talk", fix="start a new one: conversation()"
             )
-        new = self._numbered(self._waiting.plus(_load(image, agent.allow_urls)))
+        new = self._numbered(self._waiting.plus(agent.pictures.load(image)))
         request = agent.dialect.plan(
             Asked(
                 question,
@@ -194,10 +193,10 @@ class Talk:
 
     def _answered(self, steps: Steps) -> Steps:
         answer = yield from steps
-        self._waiting = _Given()
+        self._waiting = Given()
         return answer
 
-    def _numbered(self, given: _Given) -> _Given:
+    def _numbered(self, given: Given) -> Given:
         """``given`` with ids that name no other picture of this conversation or its trace."""
         taken = self.trace.views
         number = len(self._state.originals) if self._state is not None else 0
@@ -209,7 +208,7 @@ class Talk:
             name = f"image_{number}"
             views.append(view if view.id == name else replace(view, id=name, root=name))
             notes.append(tuple(n.replace(f"{view.id}:", f"{name}:", 1) for n in note))
-        return _Given(tuple(views), given.files, tuple(notes))
+        return Given(tuple(views), given.files, tuple(notes))
 
 
 class _TextPieces:
@@ -228,45 +227,3 @@ class _TextPieces:
             return ""
         self._held = []
         return text
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Pictures of the user: views, with the bytes of their files (None: no file) and notes."""
-
-    views: tuple[View, ...] = ()
-    files: tuple[bytes | None, ...] = ()
-    notes_of: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(note for notes in self.notes_of for note in notes)
-
-    def plus(self, other: _Given) -> _Given:
-        return _Given(
-            (*self.views, *other.views),
-            (*self.files, *other.files),
-            (*self.notes_of, *other.notes_of),
-        )
-
-
-def _load(images: Images, allow_urls: bool) -> _Given:
-    if images is None:
-        return _Given()
-    single = isinstance(images, str | Path | bytes | bytearray) or not isinstance(images, Sequence)
-    sources: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
-    if not sources:
-        raise UserError(
-            "the list of pictures is empty",
-            got=repr(images),
-            fix="pass image=None for a question without a picture",
-        )
-    done = _Given()
-    for source in sources:
-        notes: list[str] = []
-        (view,) = load_views([source], allow_urls=allow_urls, warnings=notes)
-        file = source if isinstance(source, bytes) else None
-        if isinstance(source, str | Path) and Path(source).is_file():
-            file = Path(source).read_bytes()
-        done = done.plus(_Given((view,), (file,), (tuple(notes),)))
-    return done

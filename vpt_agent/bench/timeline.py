@@ -63,7 +63,7 @@ def stages(trace: Trace) -> list[Stage]:
             found.append(Stage("tool", called, event.clock, 0))
         elif isinstance(event, ImageEncoded):
             if not event.reused:
-                found.append(_ending(event, "look", event.visual_tokens))
+                found.append(_looked(event))
         elif isinstance(event, Prefilled):
             found.append(_ending(event, "prefill", event.tokens))
         elif isinstance(event, Decoded):
@@ -73,9 +73,13 @@ def stages(trace: Trace) -> list[Stage]:
     return found
 
 
-def _ending(
-    event: ImageEncoded | Prefilled | Decoded | PerceptionAppended, name: str, tokens: int
-) -> Stage:
+def _looked(event: ImageEncoded) -> Stage:
+    """Features that were begun early ended before anybody heard of them."""
+    start = event.clock - event.early - (event.seconds - event.hidden)
+    return Stage("look", start, start + event.seconds, event.visual_tokens)
+
+
+def _ending(event: Prefilled | Decoded | PerceptionAppended, name: str, tokens: int) -> Stage:
     return Stage(name, event.clock - event.seconds, event.clock, tokens)
 
 

@@ -56,6 +56,7 @@ class TurnRules:
     the model free inside calls too: for measuring what the constraint does. ``inline`` kinds end
     decoding at their call's end, for their result to be appended at once. ``ban`` gives ids that
     are banned in a state of the grammar besides; ``full`` says that no call may begin any more.
+    ``on_start`` hears the grammar's kind of a call that has begun.
     """
 
     grammar: CallGrammar
@@ -70,6 +71,7 @@ class TurnRules:
     inline: frozenset[str] = frozenset()
     expired: Callable[[], bool] = lambda: False
     on_token: Callable[[int, TokenSource], None] | None = None
+    on_start: Callable[[Any], None] | None = None
     ban: Callable[[Any, bool], frozenset[int]] = _nothing_banned
 
     def constraint(
@@ -196,6 +198,8 @@ class _Decoder:
             if not inside_before and self.state.kind is not None:
                 self.started += 1
                 self.forced_start = picked.source == "forced"
+                if self.rules.on_start is not None:
+                    self.rules.on_start(self.state.kind)
             elif not inside_before:
                 self.turn.text.append(token)
             if isinstance(event, ParsedCall):

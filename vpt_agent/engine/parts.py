@@ -146,7 +146,11 @@ class Wait:
 
 @dataclass(frozen=True)
 class Looked:
-    """Features of one view: tokens [V, D], the patch grid (base tower) and what was done."""
+    """Features of one view: tokens [V, D], the patch grid (base tower) and what was done.
+
+    ``early`` seconds before it was asked for it was begun, and of its ``seconds`` nobody waited for
+    ``hidden``; both 0 where it was begun when it was asked for.
+    """
 
     view: View
     encoder: str
@@ -156,3 +160,5 @@ class Looked:
     reused: bool
     kernels: tuple[str, ...] = ()
     seconds: float = 0.0
+    early: float = 0.0
+    hidden: float = 0.0

@@ -23,9 +23,9 @@ from vpt_agent.types import (
     View,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the events and of the run folder. It grows with every change a reader must know; older
-ones are read. 2: requests to servers."""
+ones are read. 2: requests to servers. 3: what was chosen ahead and begun early."""
 
 
 def clean_text(value: object) -> object:
@@ -171,7 +171,9 @@ class PromptRendered(EventBase):
 
 class ImageEncoded(EventBase):
     """A view became visual tokens. ``grid`` is (time, rows, columns) of patches, where there is
-    one; ``key`` is the key of the feature cache, ``reused`` whether it was found there."""
+    one; ``key`` is the key of the feature cache, ``reused`` whether it was found there. ``early``
+    seconds before it was asked for it was begun, beside the model's work; of its ``seconds`` nobody
+    waited for ``hidden``."""
 
     type: Literal["image_encoded"] = "image_encoded"
     view: str
@@ -183,6 +185,8 @@ class ImageEncoded(EventBase):
     reused: bool = False
     kernels: tuple[str, ...] = ()
     seconds: float = 0.0
+    early: float = 0.0
+    hidden: float = 0.0
 
 
 class Prefilled(EventBase):
