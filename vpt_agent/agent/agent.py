@@ -17,11 +17,12 @@ from vpt_agent.agent.dispatch import Dispatcher
 from vpt_agent.agent.pictures import Ahead, Given, Images, Pictures
 from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
-from vpt_agent.agent.talk import Images, StreamItem, Talk, TraceTarget
+from vpt_agent.agent.talk import StreamItem, Talk, TraceTarget
 from vpt_agent.agent.token_surface import TokenDialect
 from vpt_agent.engine.ahead import Decoding
 from vpt_agent.engine.core import Engine, LanguageModel
 from vpt_agent.engine.intervention import Intervention
+from vpt_agent.engine.options import EngineOptions
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import MissingExtraError, ServerError, UserError
 from vpt_agent.prompt.vpt import Tokenizer, VPTLayout
@@ -76,6 +77,7 @@ class PerceptionAgent:
         max_positions: int = 32768,
         max_cached_tokens: int | None = None,
         decoding: Decoding = "auto",
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
         allow_urls: bool = False,
         dialect: Callable[[Engine, Dispatcher], Dialect] | None = None,
     ) -> None:
@@ -87,15 +89,19 @@ class PerceptionAgent:
             max_positions=max_positions,
             max_cached_tokens=max_cached_tokens,
             decoding=decoding,
+            max_runs=options.max_runs,
+            measures=options.measures,
+            block=options.block,
+            feature_cache=options.feature_cache,
         )
         self.dispatcher = Dispatcher(self.engine, registry, regions=abilities.regions)
+        self.pictures = Pictures(self.engine.features.prepare, allow_urls=allow_urls)
         self._layout, self._dialect = None, None
         if dialect is not None:
             self._dialect = dialect(self.engine, self.dispatcher)
         elif tokenizer is not None:
             self._layout = VPTLayout(tokenizer, model.table.table)
 
-        self.pictures = Pictures(self.engine.features.prepare, allow_urls=allow_urls)
     @property
     def layout(self) -> VPTLayout:
         """How conversations with perception tokens are laid out."""
@@ -131,6 +137,7 @@ class PerceptionAgent:
         compiled: bool = False,
         decoding: Decoding = "auto",
         weights: str = "own",
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
     ) -> PerceptionAgent:
         """Load a checkpoint directory or hub name; None is the small model that ships.
 
@@ -154,6 +161,9 @@ class PerceptionAgent:
         ``decoding`` says who chooses tokens: the ``device``, several before the host looks, or the
         ``host``; ``auto`` is the device on CUDA (docs/gpu-decode.md). ``weights``: ``int8`` or
         ``float8`` gives the language model's layers weights of eight bits (extra ``int8``).
+
+        ``max_cached_tokens`` bounds the cache of keys and values; ``options`` say how many answers
+        go on together, and how (docs/many-answers.md).
         """
         from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
         from vpt_agent.model.compiled import use
@@ -179,6 +189,7 @@ class PerceptionAgent:
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
             decoding=decoding,
+            options=options,
             allow_urls=allow_urls,
             dialect=None if parts.stock is None else stock_dialect(parts, constrained=constrained),
         )
@@ -196,6 +207,7 @@ class PerceptionAgent:
         chat_template: str | None = None,
         constrained: bool = True,
         max_cached_tokens: int | None = None,
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
     ) -> PerceptionAgent:
         """An agent on a stock model that is in memory already; see :meth:`from_pretrained`.
 
@@ -221,6 +233,7 @@ class PerceptionAgent:
             abilities=parts.abilities,
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
+            options=options,
             dialect=stock_dialect(parts, constrained=constrained),
         )
 
@@ -234,6 +247,7 @@ class PerceptionAgent:
         name: str = "model in memory",
         max_cached_tokens: int | None = None,
         decoding: Decoding = "auto",
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
     ) -> PerceptionAgent:
         """An agent on a VPT model that is in memory already (while training, in tests)."""
         from vpt_agent.agent.load import parts_of
@@ -248,6 +262,7 @@ class PerceptionAgent:
             max_positions=parts.max_positions,
             max_cached_tokens=max_cached_tokens,
             decoding=decoding,
+            options=options,
         )
 
     @classmethod
@@ -335,6 +350,7 @@ class PerceptionAgent:
     def close(self) -> None:
         """Stop the tool threads. Sessions in use stay readable."""
         self.dispatcher.close()
+        self.pictures.close()
 
     # --- asking ---------------------------------------------------------------------------
 
@@ -350,7 +366,6 @@ class PerceptionAgent:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        self.pictures.close()
     ) -> Answer:
         """Answer one question about one or several pictures.
 
@@ -428,6 +443,9 @@ class PerceptionAgent:
         talk: Talk | None = None
         try:
             talk = self.conversation(trace=q.trace)
+            image: Images | Given = q.image
+            if ahead is not None:
+                image = yield from ahead.given(number)
             steps = talk.steps(
                 q.text,
                 q.tool_choice or "auto",
@@ -440,12 +458,11 @@ class PerceptionAgent:
         except (UserError, MissingExtraError, ServerError) as error:
             return _failed(error, Trace() if talk is None else talk.trace)
         finally:
+            if ahead is not None:
+                ahead.finished()
             if talk is not None:
                 talk.close()
 
-            image: Images | Given = q.image
-            if ahead is not None:
-                image = yield from ahead.given(number)
     def conversation(self, image: Images = None, *, trace: TraceTarget = None) -> Talk:
         """Several questions on the same pictures: one session, one trace."""
         return Talk(self, image, trace)
@@ -458,8 +475,6 @@ def _failed(error: Exception, trace: Trace) -> Answer:
 
 
 def _question(entry: Question | str | tuple[str, Images]) -> Question:
-            if ahead is not None:
-                ahead.finished()
     if isinstance(entry, Question):
         return entry
     if isinstance(entry, str):
