@@ -23,6 +23,7 @@ from vpt_agent.engine.device_tables import Program, Tables, key_of
 from vpt_agent.engine.parts import Fed
 from vpt_agent.engine.sampling import Sampler, Sampling, filtered
 from vpt_agent.errors import UserError
+from vpt_agent.model.onestep import pack_for_steps
 from vpt_agent.tokens.automaton import Automaton, automaton_of
 
 if TYPE_CHECKING:
@@ -146,9 +147,12 @@ class Ahead:
             if automaton is None:
                 return "the grammar"
             if self.engine.device.type == "cuda":
-                self._weights = weights_of(self.engine.model)
-                if self._weights is None:
+                found = weights_of(self.engine.model)
+                if found is None:
                     return "hooks in the model"
+                if found != self._weights:  # at first, or somebody moved or replaced them
+                    pack_for_steps(self.engine.model)
+                    self._weights = weights_of(self.engine.model)
             key = id(automaton), key_of(rules)
             if key not in self._programs:
                 if len(self._programs) > 1024:

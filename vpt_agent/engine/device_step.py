@@ -47,6 +47,8 @@ _SIZES = 128
 class SteppedCache(ExplicitCache):
     """The paged cache as a step sees it: each row writes one slot and reads ``S`` of them."""
 
+    one_each = True
+
     def __init__(self, cache: PooledCache) -> None:
         super().__init__(layers=[])
         self.cache = cache

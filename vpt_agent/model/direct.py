@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-from vpt_agent.model import compiled, compiled_rows, onerow, somerows
+from vpt_agent.model import compiled, compiled_rows, onerow, onestep, somerows
 
 _BIASED = (True, True, True, False, True, True, False, True, True)
 """Which parts of a layer (in the order of ``_Layer``) one row takes with a bias."""
@@ -37,7 +37,10 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 class ExplicitCache(Cache):
     """A cache whose owner gives positions and masks with each forward, and knows which rows it
-    writes: ``update(keys, values, layer)`` takes [B, K, L, d] and gives [B, K, S, d]."""
+    writes: ``update(keys, values, layer)`` takes [B, K, L, d] and gives [B, K, S, d].
+    ``one_each``: a device's own step, of one token of every row."""
+
+    one_each = False
 
 
 def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -116,6 +119,7 @@ class DirectDecoder:
     which: tuple[int, ...]
     scaling: float
     plain_layers: bool
+    packed: dict[str, onestep.Packed] = field(default_factory=dict)  # "steps", if there are any
 
     @classmethod
     def of(cls, text: Any) -> DirectDecoder | None:
@@ -174,6 +178,8 @@ class DirectDecoder:
 
         ``mask`` bool [B, 1, L, S], or None: one query a row, or a block at the start.
         """
+        if getattr(cache, "one_each", False) and "steps" in self.packed:
+            return onestep.one_each(self.packed["steps"], embeds, positions, mask, cache)
         if onerow.takes(embeds, mask) and self.plain_layers:
             return onerow.one_row(self, embeds, positions, cache)
         if somerows.takes(embeds) and self.plain_layers:
