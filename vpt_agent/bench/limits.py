@@ -104,7 +104,7 @@ class Costs:
     def attention(self, tokens: int, past: int) -> Work:
         """The part of :meth:`block` that is attention: its operations, and the cache."""
         return self.block(tokens, past, heads=0) + Work(
-            -2.0 * self.layers * tokens, -float(self.layers * self.itemsize)
+            -2.0 * self.layers * tokens, -float(self.layer_bytes)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,18 +112,17 @@ class Costs:
         return asdict(self)
 
 
-def products_seconds(
-    model: VPTForConditionalGeneration, rows: int, heads: int, *, repeats: int = 3
-) -> float:
+def products_seconds(model: VPTForConditionalGeneration, rows: int, heads: int) -> float:
     """Seconds that the language model's products alone take for ``rows`` tokens together, and the
-    output head's for ``heads`` of them: the best of ``repeats`` passes over all weights, one after
+    output head's for ``heads`` of them: the best of some passes over all weights, one after
     another, by the routines that the model computes with."""
+    repeats = 3 if rows <= 256 else 1  # many rows take long, and differ less
     weights = [
         module.weight for module in model.model.layers.modules() if isinstance(module, nn.Linear)
     ]
     with torch.inference_mode():
-        wide = {n: torch.randn(rows, n).to(weights[0]) for n in {w.shape[1] for w in weights}}
         head = model.lm_head.weight
+        wide = {n: torch.randn(rows, n).to(head) for n in {w.shape[1] for w in weights}}
         last = torch.randn(heads, head.shape[1]).to(head)
 
         def once() -> None:

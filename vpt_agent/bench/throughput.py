@@ -202,7 +202,7 @@ def _least(loaded: Loaded, answers: list[Answer], rates: Rates) -> tuple[float, 
         for stage, number, new, past in _blocks(answer):
             stages.setdefault((stage, number), []).append((new, past))
     looking = sum(vision, Work(0.0, 0.0)).seconds(rates)
-    weights = float((costs.layers + costs.head) * costs.itemsize)
+    weights = float(costs.layer_bytes + costs.head_bytes)
     total = library = looking
     measured: dict[tuple[int, int], float] = {}
     for blocks in stages.values():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vpt_agent.bench import overlap
 from vpt_agent.bench.answer import Loaded
 from vpt_agent.bench.clock import Clock
 from vpt_agent.bench.kernels import bench_kernels
 from vpt_agent.bench.limits import Costs, products_seconds
 from vpt_agent.bench.machine import describe, measure_rates, threads
+from vpt_agent.bench.overlap import Overlap, bench_overlap
 from vpt_agent.bench.start import _run, bench_import
 from vpt_agent.bench.throughput import PARTS, Crowd, bench_throughput
 from vpt_agent.bench.timing import Sample, Spread, in_turn, ratios, spreads, timer_for
@@ -117,7 +119,7 @@ def test_attention_is_what_a_block_has_besides_its_products() -> None:
     seen = costs.attention(5, 20)
     whole = costs.block(5, 20, heads=0)
     assert whole.flops - seen.flops == 2.0 * costs.layers * 5
-    assert whole.bytes - seen.bytes == costs.layers * costs.itemsize
+    assert whole.bytes - seen.bytes == costs.layer_bytes
     assert seen.bytes == 2 * costs.depth * costs.kv_width * 25 * costs.itemsize
 
 
@@ -138,3 +140,14 @@ def test_imports_are_measured_in_processes_of_their_own() -> None:
 def test_a_measured_process_that_fails_is_an_error() -> None:
     with pytest.raises(InternalError, match=r"a measured process failed.*got: ValueError: seven"):
         _run(["-c", "raise ValueError('seven')"])
+
+
+def test_what_is_done_ahead_is_measured_and_must_change_nothing() -> None:
+    loaded = Loaded(*tiny_model(("dino",)))
+    asked = Overlap(image=84, new_tokens=3, repeats=1, threads=1, questions=2, large=84)
+    found = bench_overlap(loaded, asked)
+    assert 0 <= found["features"]["hidden_share"] <= 1
+    assert found["features"]["ahead"]["wall"]["median"] > 0
+    assert found["pictures"]["workers"] >= 0
+    with pytest.raises(InternalError, match="what was done ahead changed the answers"):
+        overlap._same({"one", "other"})
