@@ -23,6 +23,7 @@ from vpt_agent.bench.timing import Spread, in_turn, ratios, spreads, timed, time
 from vpt_agent.engine.ahead import Decoding
 from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import InternalError
+from vpt_agent.model import compiled
 from vpt_agent.trace import (
     Decoded,
     ImageEncoded,
@@ -49,7 +50,7 @@ DECODE_SHARE, DECODE_SHARE_CUDA = 0.8, 0.6
 @dataclass(frozen=True)
 class Settings:
     """What is asked: a picture of ``image`` x ``image`` pixels, a forced call of ``force``, then
-    ``new_tokens`` tokens."""
+    ``new_tokens`` tokens. ``compiled``: ours by the routines in C; the baseline is plain torch."""
 
     image: int = 448
     new_tokens: int = 32
@@ -58,6 +59,7 @@ class Settings:
     threads: int = 1
     splits: int = 5
     decoding: Decoding = "auto"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ class Ours:
     def run(self) -> Answer:
         """One answer."""
         self.agent.engine.features.clear()
-        answer = self.agent.run(
-            QUESTION, self.data, tool_choice=self.kind.tool, limits=self._limits()
-        )
+        with compiled.using(self.settings.compiled):
+            answer = self.agent.run(
+                QUESTION, self.data, tool_choice=self.kind.tool, limits=self._limits()
+            )
         if self.fastest is None or answer.usage.seconds < self.fastest.usage.seconds:
             self.fastest = answer
         return answer
@@ -122,6 +125,10 @@ class Ours:
 
     def split(self) -> tuple[float, Split, Mapping[str, float]]:
         """One answer under the clock: seconds in all, and by part. The first of them warms up."""
+        with compiled.using(self.settings.compiled):
+            return self._split()
+
+    def _split(self) -> tuple[float, Split, Mapping[str, float]]:
         device = self.loaded.model.device
         clock = self.timed.clock = Clock(device, timer_for(device))
         split, agent = Split(clock), self.watched
@@ -268,7 +275,7 @@ def _bench(
         "what": "answer",
         "when": stamp(),
         "machine": machine.to_dict(),
-        "model": shape,
+        "model": f"{shape}, compiled" if settings.compiled else shape,
         "settings": asdict(settings),
         "timer": timer_for(device),
         "dtype": _name(ours.model.dtype),

@@ -30,6 +30,9 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Weights = Annotated[
     str, typer.Option(help="own, or of the language layers: int8, float8 (extra int8).")
 ]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", help="With the routines in C (one CPU thread).")
+]
 Decoding = Annotated[
     str, typer.Option(help="Who chooses tokens: host, device, compiled-device, or auto.")
 ]
@@ -57,6 +60,7 @@ def answer(
     device: Device = "cpu",
     weights: Weights = "own",
     decoding: Decoding = "auto",
+    compiled: Compiled = False,
     drawn: Annotated[
         Path | None, typer.Option("--picture", help="Draw where the time goes (PNG).")
     ] = None,
@@ -73,7 +77,7 @@ def answer(
     other = None
     if baseline_dtype not in (None, dtype) or weights != "own":
         other = _load(model, shape, force, device, baseline_dtype or dtype)[0]
-    settings = Settings(image, new_tokens, force, repeats, threads, decoding=way)
+    settings = Settings(image, new_tokens, force, repeats, threads, decoding=way, compiled=compiled)
     figures = bench_answer(ours, settings, baseline=other, shape=name, tell=_tell)
     if drawn is not None:
         with writing(drawn):
@@ -96,9 +100,7 @@ def throughput(
     device: Device = "cpu",
     weights: Weights = "own",
     decoding: Decoding = "auto",
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="With the routines in C (one CPU thread).")
-    ] = False,
+    compiled: Compiled = False,
     alone: Annotated[
         int, typer.Option(min=1, metavar="N", help="How many are asked one after another, too.")
     ] = 4,
@@ -128,6 +130,38 @@ def throughput(
     lines.append(", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items()) + " s")
     if not figures["answers_equal"]:
         lines.append("the answers differ between the two ways")
+    _done(figures, out, as_json, lines)
+
+
+@app.command()
+@clear_errors
+def overlap(
+    model: Model = None,
+    shape: Shape = "40m",
+    image: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of the picture.")] = 448,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 8,
+    force: Force = "dino",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn.")] = 5,
+    threads: Threads = 2,
+    questions: Annotated[int, typer.Option(min=2, help="Of the batch, each a picture.")] = 8,
+    large: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of those.")] = 1536,
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is done ahead of need, beside the same done when it is needed."""
+    from vpt_agent.bench.overlap import Overlap, bench_overlap
+
+    loaded, name = _load(model, shape, force, device, "float32")
+    asked = Overlap(image, new_tokens, force, repeats, threads, questions, large)
+    figures = bench_overlap(loaded, asked, shape=name, tell=_tell)
+    lines = [
+        f"{what}: {_seconds(figures[what]['when_needed'], 'wall')} when needed, "
+        f"{_seconds(figures[what]['ahead'], 'wall')} ahead; "
+        f"ratio {figures[what]['ratio']['wall']['median']:.2f}"
+        for what in ("features", "pictures")
+    ]
+    lines.append(f"hidden of the features' computing: {figures['features']['hidden_share']:.0%}")
     _done(figures, out, as_json, lines)
 
 

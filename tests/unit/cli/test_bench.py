@@ -51,6 +51,17 @@ def test_throughput_of_any_checkpoint(checkpoint: Path) -> None:
     assert json.loads(result.stdout)["settings"]["questions"] == 2
 
 
+def test_overlap_of_any_checkpoint(checkpoint: Path) -> None:
+    command = ["bench", "overlap", "--model", str(checkpoint), *SMALL, "--force", "clip"]
+    result = runner.invoke(app, [*command, "--questions", "2", "--large", "84", "--json"])
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["features"]["hidden_share"] == 0  # clip sees what the first look saw
+    for what in ("features", "pictures"):
+        assert figures[what]["ratio"]["wall"]["median"] > 0
+        assert {"when_needed", "ahead"} <= set(figures[what])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
