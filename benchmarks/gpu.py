@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,12 @@ class Plan:
 # --- decoding -------------------------------------------------------------------------------
 
 
-def turn(session: Session, logits: torch.Tensor, rules: TurnRules) -> Iterator[Any]:
+def turn(
+    session: Session, logits: torch.Tensor | None, rules: TurnRules
+) -> Generator[Any, Any, float]:
     """One turn of words, greedy."""
-    told = yield from decode_turn(session, logits, Sampler(Sampling()), rules)
+    assert logits is not None, "they were asked for"
+    told = yield from decode_turn(session, logits[-1], Sampler(Sampling()), rules)
     return told.ahead / told.count
 
 
@@ -110,7 +113,7 @@ def decode(plan: Plan, loaded: Loaded, rates: Rates, way: Decoding, rows: int) -
     shares: list[float] = []
     for _ in range(plan.repeats + 1):  # the first one records graphs, and compiles
         forks = [s.fork() for s in sessions]
-        runs = [turn(s, f[-1].logits[-1], rules) for s, f in zip(forks, fed, strict=True)]
+        runs = [turn(s, f[-1].logits, rules) for s, f in zip(forks, fed, strict=True)]
         plan.wait()
         began = time.perf_counter()
         shares = engine.drive(runs)
@@ -188,7 +191,7 @@ def one(plan: Plan) -> dict[str, Any]:
     loaded = plan.load()
     engine = Engine(loaded.model, loaded.processor.policy, decoding="device")
     session = engine.session()
-    logits = session.append([Tokens(range(10, 40))])[-1]
+    logits = session.append([Tokens(range(10, 40))])
     starts = frozenset(row.start for row in engine.table.rows)
     rules = TurnRules(Grammar(engine.table), -1, frozenset(), starts, 20, 0)
     engine.drive([turn(session, logits, rules)])

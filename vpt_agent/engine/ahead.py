@@ -23,7 +23,7 @@ from vpt_agent.engine.device_tables import Program, Tables, key_of
 from vpt_agent.engine.parts import Fed
 from vpt_agent.engine.sampling import Sampler, Sampling, filtered
 from vpt_agent.errors import UserError
-from vpt_agent.model.onestep import pack_for_steps
+from vpt_agent.model.onestep import forget_if_moved, pack_for_steps
 from vpt_agent.tokens.automaton import Automaton, automaton_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ class Ahead:
             automaton = self._automaton(rules.grammar)
             if automaton is None:
                 return "the grammar"
-            if self.engine.device.type == "cuda":
+            if self.engine.device.type != "cuda":
+                forget_if_moved(self.engine.model)
+            else:
                 found = weights_of(self.engine.model)
                 if found is None:
                     return "hooks in the model"

@@ -66,6 +66,14 @@ def pack_for_steps(model: Any) -> bool:
     return True
 
 
+def forget_if_moved(model: Any) -> None:
+    """Let go of weights that lay together and are no longer ``model``'s own: it was moved since."""
+    with torch.no_grad():
+        decoder: DirectDecoder | None = model._direct_decoder()
+    if decoder is not None and "steps" in decoder.packed and not decoder.packed["steps"].current():
+        del decoder.packed["steps"]
+
+
 def pack(decoder: DirectDecoder) -> Packed:
     """Lay the weights of ``decoder`` together. Its parameters stay the same objects with the same
     values, at other addresses."""

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.unit.engine.conftest import Kit
+from tests.unit.engine.test_ahead import assert_same, engine_of, rules, tell
 from vpt_agent.bench.shapes import TextShape, VisionShape, random_model
 from vpt_agent.engine.ahead import weights_of
 from vpt_agent.engine.cache import PooledCache
-from vpt_agent.engine.core import kv_shape
+from vpt_agent.engine.core import Engine, kv_shape
 from vpt_agent.engine.device_step import Row, SteppedCache, Stepper
 from vpt_agent.engine.device_tables import Tables
+from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import InternalError
 from vpt_agent.model.onestep import pack_for_steps
 from vpt_agent.model.testing import tiny_model
@@ -193,6 +196,20 @@ def test_weights_that_lie_together_give_the_same(base: str, dtype: torch.dtype) 
         assert not lying.current()
         assert pack_for_steps(model)
         assert whole().packed["steps"] is not lying
+
+
+def test_a_model_that_was_moved_is_computed_as_it_is(one: Kit) -> None:
+    """Weights that lay together are forgotten when the model has others."""
+    model, processor = tiny_model(("clip",), seed=7)
+    kit = Kit(model, processor.tokenizer, Engine(model, one.policy), one.policy)
+    assert pack_for_steps(model)
+    for parameter in model.parameters():
+        parameter.data = 1.25 * parameter.data
+    run = ("text", Sampling(), rules(kit))
+    (ours,) = tell(engine_of(kit, "device"), kit, run)
+    (theirs,) = tell(engine_of(kit, "host"), kit, run)
+    assert_same(ours, theirs)
+    assert ours[0].ahead > 0
 
 
 def test_other_layers_are_left_alone() -> None:
