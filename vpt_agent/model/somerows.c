@@ -6,20 +6,23 @@
 #include "onerow.c"
 
 #define BLOCK 16 /* columns that are computed together */
-#define TALL 8   /* rows of a weight that are computed together */
-#define FURTHER 8192 /* floats by which weights are asked for before they are needed */
+#define TALL 8       /* rows of a weight that are computed together */
+#define FURTHER 8192 /* floats by which weights are asked for before they are needed, */
+#define NEAR 32      /* and asked for once more, into the nearest cache */
 #define UNROLL _Pragma("GCC unroll 16") /* sums stay in registers */
 
 /* ROWS rows of a weight [m, n] times columns x [n, R]: 16 * WIDE columns of y from here on. */
 #define TILE(NAME, ROWS, WIDE)                                                                     \
   INLINE void NAME(const float *w, const float *bias, const float *x, float *y, int64_t n,         \
-                   int64_t R, int added) {                                           \
+                   int64_t R, int added) {                                                         \
     v16 a[ROWS][WIDE] = {};                                                                        \
     const float *next = w + FURTHER;                                                               \
     int64_t k = 0;                                                                                 \
     for (; k + BLOCK <= n; k += BLOCK) {                                                           \
-      UNROLL for (int64_t i = 0; i < ROWS; i++)                                                    \
+      UNROLL for (int64_t i = 0; i < ROWS; i++) {                                                  \
         __builtin_prefetch(next + k * ROWS + i * BLOCK, 0, 2);                                     \
+        __builtin_prefetch(w + i * n + k + NEAR, 0, 3);                                            \
+      }                                                                                            \
       for (int64_t s = 0; s < BLOCK; s++) {                                                        \
         v16 b[WIDE];                                                                               \
         UNROLL for (int64_t v = 0; v < WIDE; v++) b[v] = load(x, (k + s) * R + v * BLOCK, 0);      \
