@@ -155,8 +155,8 @@ class Recorder:
             )
         )
 
-    def decoded(self, turn: Turn, seconds: float) -> None:
-        """A stretch of decoding, with its sources and what the constraint took."""
+    def decoded(self, turn: Turn, seconds: float, kernels: Sequence[str] = ()) -> None:
+        """A stretch of decoding, with its sources, what the constraint took, and what computed."""
         rules = turn.rules
         for span in turn.spans:
             if span.source == "sampled":
@@ -175,6 +175,7 @@ class Recorder:
                 stop=turn.stop,
                 seconds=seconds,
                 ahead=turn.ahead,
+                kernels=tuple(kernels),
             )
         )
 

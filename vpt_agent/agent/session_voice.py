@@ -22,6 +22,7 @@ from vpt_agent.engine.intervention import Condition, Intervention
 from vpt_agent.engine.parts import Looked, Part, Tokens, Visual
 from vpt_agent.engine.sampling import Sampler
 from vpt_agent.engine.session import spans_of
+from vpt_agent.model import compiled
 from vpt_agent.model.voice import Allowed, Cost, Outcome, Reply, ReplyStop, SaidCall, Steps
 from vpt_agent.prompt.vpt import FeatureSlot, Ids, PictureSlot, PromptPart
 from vpt_agent.prompt.vpt import Outcome as Told
@@ -255,7 +256,7 @@ class SessionVoice:
 
     def reply(self, allowed: Allowed) -> Steps[Reply]:
         """Decode a turn, or its part up to an inline call."""
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), compiled.counts.tokens
         before = self._spent()
         assert self._logits is not None
         rules = self.surface.rules(allowed, self.on_token, self.room())
@@ -263,7 +264,8 @@ class SessionVoice:
         turn = yield from decode_turn(self.session, self._logits, self.sampler, rules)
         self._count(before)
         self._turn, self.talk.tail = turn, turn.pending
-        self.recorder.decoded(turn, time.perf_counter() - began)
+        kernels = (compiled.KERNEL,) if compiled.counts.tokens > computed else ()
+        self.recorder.decoded(turn, time.perf_counter() - began, kernels)
         self._said += self.surface.words(turn)
         stop: ReplyStop = "end" if turn.stop == "special" else turn.stop
         if turn.stop == "special":

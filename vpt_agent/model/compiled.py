@@ -65,6 +65,14 @@ class Library:
     rows_attend: Any = None
 
 
+@dataclass
+class Counts:
+    """Tokens that :func:`one_row` computed in this process."""
+
+    tokens: int = 0
+
+
+counts = Counts()
 _library: Library | None = None
 _wanted = False
 
@@ -215,6 +223,7 @@ def one_row(decoder: DirectDecoder, embeds: Tensor, positions: Tensor, cache: An
         room.data_ptr(),
         embeds.dtype == torch.bfloat16,
     )
+    counts.tokens += 1
     return out
 
 

@@ -208,6 +208,7 @@ class Decoded(EventBase):
     run's sampling (0: greedy, or no choice). With the grammar, ``first`` (ids that alone could
     begin the turn, sorted; empty: free), ``banned`` and ``max_calls`` give the constraint again.
     ``ahead`` of the tokens were chosen on the device, before the host looked (docs/gpu-decode.md).
+    ``kernels`` names what computed single tokens meanwhile, where it was not torch alone.
     """
 
     type: Literal["decoded"] = "decoded"
@@ -220,6 +221,7 @@ class Decoded(EventBase):
     stop: str = ""
     seconds: float = 0.0
     ahead: int = 0
+    kernels: tuple[str, ...] = ()
 
 
 class ToolCalled(EventBase):

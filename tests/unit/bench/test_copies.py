@@ -53,6 +53,15 @@ def test_a_token_copies_no_cache() -> None:
     assert (many - few) / 16 < 0.2 * length * per_token
 
 
+def test_the_bytes_of_an_answer_are_bounded() -> None:
+    """All that one answer copies: its picture as patches, and what each token leaves in the cache a
+    few times over (embeddings, queries, keys, values). It counted 496 kB."""
+    moved, answer, per_token = copied(8)
+    patches = 2 * 84 * 84 * 3 * 4  # a picture stands twice in time, float32
+    assert answer.usage.forward_tokens == 158
+    assert 158 * per_token < moved < 2 * patches + 4 * 158 * per_token
+
+
 def test_an_answer_computes_and_encodes_each_thing_once() -> None:
     _, answer, _ = copied(8)
     ids = answer.trace.record().ids

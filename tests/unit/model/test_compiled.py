@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vpt_agent.bench.answer import Loaded, Ours, Settings, picture
 from vpt_agent.engine.core import Engine
 from vpt_agent.engine.parts import Tokens
 from vpt_agent.errors import MissingExtraError
 from vpt_agent.model import VPTForConditionalGeneration, compiled
 from vpt_agent.model.direct import times
 from vpt_agent.model.testing import tiny_model
+from vpt_agent.trace import Decoded
 from vpt_agent.vision.policy import ImagePolicy
 
 pytestmark = pytest.mark.skipif(
@@ -158,6 +160,20 @@ def test_numbers_that_overflow_or_are_none(counted: Counted) -> None:
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     assert said(model, wanted=True).isnan().all()
+
+
+def test_the_trace_says_what_computed(counted: Counted) -> None:
+    loaded = Loaded(*tiny_model(("clip",)))
+    ways = []
+    for wanted in (True, False):
+        asked = Settings(image=84, new_tokens=6, compiled=wanted)
+        ours = Ours(loaded, asked, picture(84))
+        answer = ours.run()
+        ours.close()
+        told = [e.kernels for e in answer.trace.events if isinstance(e, Decoded)]
+        ways.append((answer.text, answer.trace.record().ids, answer.usage.forward_tokens))
+        assert told == ([(compiled.KERNEL,)] * 2 if wanted else [(), ()])
+    assert ways[0] == ways[1]
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
