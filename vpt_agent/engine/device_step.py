@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vpt_agent import kernels  # noqa: F401  # registers vpt::attend
 from vpt_agent.engine.device_tables import DEAD, Tables
 from vpt_agent.engine.sampling import Draw, draw
 from vpt_agent.errors import InternalError
@@ -54,6 +55,7 @@ class SteppedCache(ExplicitCache):
         self.cache = cache
         self.written: Tensor | None = None  # [R]
         self.seen: Tensor | None = None  # [R, S]
+        self.lengths: Tensor | None = None  # [R], the new token included
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -64,11 +66,27 @@ class SteppedCache(ExplicitCache):
             self._updated(self.cache.values[layer_idx], value_states),
         )
 
-    def _updated(self, store: Tensor, new: Tensor) -> Tensor:
+    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], layer_idx: int) -> Tensor:
+        """Store the new keys and values [R, heads, head_dim]; attention of ``queries`` [R, heads,
+        group, head_dim] over what each row may see, as :func:`vpt_agent.kernels.attend`."""
+        stores = self.cache.keys[layer_idx], self.cache.values[layer_idx]
+        for store, made in zip(stores, new, strict=True):
+            self._write(store, made)
+        assert self.seen is not None, "what was written was checked"
+        assert self.lengths is not None, "it comes with what is seen"
+        # The operator itself: its shapes are ours, and a tracer need not read the checks.
+        found: Tensor = torch.ops.vpt.attend(queries, *stores, self.seen, self.lengths)
+        return found
+
+    def _write(self, store: Tensor, new: Tensor) -> None:
         if self.written is None or self.seen is None:
-            raise InternalError("attention ran outside a step", where="SteppedCache.update")
+            raise InternalError("attention ran outside a step", where="SteppedCache")
+        store.index_copy_(0, self.written, new.reshape(len(new), -1).to(store.dtype))
+
+    def _updated(self, store: Tensor, new: Tensor) -> Tensor:
+        self._write(store, new)
+        assert self.seen is not None, "what was written was checked"
         rows, heads, _, head_dim = new.shape
-        store.index_copy_(0, self.written, new.reshape(rows, -1).to(store.dtype))
         found = store.index_select(0, self.seen.reshape(-1))  # [R * S, heads * head_dim]
         return found.view(rows, -1, heads, head_dim).transpose(1, 2)
 
@@ -286,6 +304,7 @@ class Stepper:
         slots = (blocks[:, :, None] * block + self._inner).view(self.rows, -1)[:, : self.slots]
         here = slots.gather(1, length[:, None])[:, 0]
         sees = self._slot <= length[:, None]  # [R, S]
+        self.view.lengths = length + 1
         self.view.written = torch.where(active, here, self._int("garbage"))
         # Behind its end a row sees its own first slot: what lies there is finite, and masked.
         self.view.seen = torch.where(sees, slots, slots[:, :1])

@@ -10,7 +10,7 @@ import importlib
 from importlib.util import find_spec
 
 # The operators must be defined before anything is added to them.
-from vpt_agent.kernels import condition, look, place, project, splice  # noqa: F401
+from vpt_agent.kernels import attend, condition, look, place, project, splice  # noqa: F401
 from vpt_agent.kernels.look_cpu import look_cpu, pixels_cpu
 from vpt_agent.kernels.registry import Kernel, register_kernel
 from vpt_agent.kernels.rows_cpu import condition_backward_cpu, condition_cpu, place_cpu
@@ -30,6 +30,7 @@ TRITON = (
     ("project", "rows_triton", "project_triton"),
     ("splice", "rows_triton", "splice_triton"),
     ("place", "rows_triton", "place_triton"),
+    ("attend", "attend_triton", "attend_triton"),
 )
 """Operator, module, function."""
 

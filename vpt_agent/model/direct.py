@@ -15,7 +15,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ class DirectDecoder:
         ``mask`` bool [B, 1, L, S], or None: one query a row, or a block at the start.
         """
         if getattr(cache, "one_each", False) and "steps" in self.packed:
-            return onestep.one_each(self.packed["steps"], embeds, positions, mask, cache)
+            return onestep.one_each(self.packed["steps"], embeds, positions, cast(Any, cache))
         if onerow.takes(embeds, mask) and self.plain_layers:
             return onerow.one_row(self, embeds, positions, cache)
         if somerows.takes(embeds) and self.plain_layers:

@@ -14,15 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
     from vpt_agent.model.direct import DirectDecoder
+
+
+class SteppingCache(Protocol):
+    """A cache that each row writes one token to, and attends to."""
+
+    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], layer_idx: int) -> Tensor:
+        """Store the new keys and values [R, K, d]; attention of ``queries`` [R, K, G, d]."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,9 @@ def _lie_in(whole: Tensor, name: str, parts: Sequence[Mapping[str, Any]]) -> boo
     return place == whole.data_ptr() + whole.numel() * whole.element_size()
 
 
-def one_each(
-    packed: Packed, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache
-) -> Tensor:
+def one_each(packed: Packed, embeds: Tensor, positions: Tensor, cache: SteppingCache) -> Tensor:
     """Final-norm hidden states [R, 1, D] of ``embeds`` [R, 1, D] at ``positions`` [3, R, 1] (those
-    of text: all three alike). ``mask`` bool [R, 1, 1, S]: what each row may see."""
+    of text: all three alike). ``cache`` knows what each row may see."""
     decoder, rows = packed.decoder, embeds.shape[0]
     d, heads, kv = decoder.head_dim, decoder.heads, decoder.kv_heads
     angles = positions[0] * decoder.text.rotary_emb.inv_freq.float()  # [R, d / 2]
@@ -128,11 +132,9 @@ def one_each(
         made = functional.linear(_norm(decoder, x, layer.before), own.attend, own.bias)
         halves = made[:, : (heads + kv) * d].view(rows, heads + kv, 2, d // 2)
         turned = torch.addcmul(halves * cos, halves.flip(2), sin).view(rows, heads + kv, d)
-        new = made[:, (heads + kv) * d :].view(rows, kv, 1, d)
-        keys, values = cache.update(turned[:, heads:].unsqueeze(2), new, index)  # [R, K, S, d]
+        new = turned[:, heads:], made[:, (heads + kv) * d :].view(rows, kv, d)
         # The heads that share keys are rows of one head.
-        queries = turned[:, :heads].view(rows, kv, heads // kv, d)
-        out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        out = cache.attend(turned[:, :heads].reshape(rows, kv, heads // kv, d), new, index)
         x = torch.addmm(x, out.reshape(rows, -1), layer.o["weight"].t())
         gate, up = functional.linear(_norm(decoder, x, layer.between), own.inner).chunk(2, dim=-1)
         x = torch.addmm(x, functional.silu(gate) * up, layer.down["weight"].t())

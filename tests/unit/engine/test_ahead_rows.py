@@ -15,6 +15,7 @@ from vpt_agent.engine.core import Engine
 from vpt_agent.engine.decode import TurnRules
 from vpt_agent.engine.sampling import Sampler, Sampling
 from vpt_agent.errors import UserError
+from vpt_agent.model.onestep import pack_for_steps
 from vpt_agent.model.testing import tiny_model
 from vpt_agent.tokens.grammar import Grammar
 from vpt_agent.vision.policy import ImagePolicy
@@ -253,7 +254,10 @@ def test_a_way_of_decoding_that_there_is_not(one: Kit) -> None:
     assert make_kit(1).engine.ahead is None, "a CPU's host decodes unless it is asked not to"
 
 
-def test_the_step_is_one_graph_for_torch_compile(one: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_step_is_one_graph_for_torch_compile(
+    one: Kit, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing in it needs Python between two operators: torch's tracer takes it whole. What its
     compiler makes of it is left out here, since that takes a minute."""
     made: list[dict[str, object]] = []
@@ -265,9 +269,30 @@ def test_the_step_is_one_graph_for_torch_compile(one: Kit, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "compile", traced)
     runs = [("clip", MIX[2], rules(one, 12)), ("text", GREEDY, rules(one, 7))]
+    if packed:
+        assert pack_for_steps(one.model)
     told = tell(engine_of(one, "compiled-device"), one, *runs)
+    with torch.no_grad():
+        one.model._direct_decoder().packed.clear()
     for ours, run in zip(told, runs, strict=True):
         (alone,) = tell(engine_of(one, "host"), one, run)
         assert_same(ours, alone)
     assert made
     assert all(options == {"fullgraph": True, "dynamic": False} for options in made)
+
+
+def test_layers_as_a_gpu_computes_them_choose_the_same(kit: Kit) -> None:
+    """Weights that lie together, attention over the slots where they lie: here on a CPU."""
+    starts = {k: kit.engine.table[k].start for k in KINDS[1:]}
+    runs = [
+        (kind, MIX[i % 4], rules(kit, 24, first=frozenset({starts[kind]})))
+        for i, kind in enumerate(KINDS[1:])
+    ]
+    assert pack_for_steps(kit.model)
+    try:
+        device = compare(kit, *runs)
+    finally:
+        with torch.no_grad():
+            kit.model._direct_decoder().packed.clear()
+    assert device.ahead is not None
+    assert device.ahead.counters.tokens > 40
