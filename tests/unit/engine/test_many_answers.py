@@ -334,3 +334,26 @@ def test_a_tool_that_takes_long_is_waited_for_no_longer_than_said(one: Kit) -> N
     rows = together(one, 0.04, second=0.5)
     assert rows.count(1) == 6
     assert time.perf_counter() - began >= 0.5
+
+
+@pytest.mark.parametrize(("others", "waited"), [(1, True), (3, False)])
+def test_most_runs_are_not_held_up_by_tools_of_a_few(one: Kit, others: int, waited: bool) -> None:
+    engine = Engine(one.model, one.policy, measures=Measures(patience=20.0))
+    futures: list[Future[None]] = [Future(), Future()]
+    begun: list[threading.Timer] = []
+
+    def start() -> None:
+        if not begun:
+            for future in futures:
+                begun.append(threading.Timer(0.2, future.set_result, [None]))
+                begun[-1].start()
+
+    def busy() -> Generator[Any, Any, None]:
+        session = engine.session()
+        for token in range(5):
+            yield from session.feed([Tokens([60 + token])])
+
+    calls = [calling(engine, one, future, start, 4) for future in futures]
+    engine.drive([*calls, *(busy() for _ in range(others))])
+    together = engine.counters.rows_per_forward.count(others + 2)
+    assert together == 4 if waited else together < 4
