@@ -3,8 +3,10 @@
 The published models begin with a pretrained Qwen2-VL and pretrained encoders. So do these: one
 model learns to name what it sees (colour and mark of each patch, in the tower and in the small
 DINOv2) and to answer about pictures in which everything can be seen: the mark of a disc in a
-close-up, and where a disc lies, in hundredths. It never sees a perception token; all that the
-experiments change comes after.
+close-up, shown before the question or after it, and where a disc lies, in hundredths. The tokens of
+the small DINOv2 are shown after the question, too, as its projector gives them without a condition:
+the stage of alignment. It never sees a perception token; all that the experiments change comes
+after.
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ from vpt_agent.vision.encoders import IMAGENET_MEAN, IMAGENET_STD
 
 PATCH, MERGE = 14, 2
 ROWS = 16
+SEE = ("close", "dino", "whole", "dino", "close", "dino")
+TALK = ("whole", "late", "whole", "dino", "whole", "close")
+"""What is shown in turn: first it learns to name patches, then to answer, too."""
+SEEING = 1 / 3
+"""Of all steps, those that only name patches."""
 EVERY = 200
 """Steps between two states to go on from."""
-STEPS, RATE = 2400, 1e-3
+STEPS, RATE = 2700, 1.5e-3
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Say = Callable[[str], None]
@@ -74,8 +81,8 @@ def _learn(work: Path, done: Path, scenes: int, steps: int, rate: float, say: Sa
     optimizer = torch.optim.AdamW(
         learner.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.05, anneal_strategy="cos"
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up, level, and down in the last quarter
+        optimizer, lambda step: min(1, (step + 1) / 50, 4 * (1 - step / steps))
     )
     begin = 0
     if part.is_file():
@@ -86,21 +93,25 @@ def _learn(work: Path, done: Path, scenes: int, steps: int, rate: float, say: Sa
         begin = int(state["step"])
     began = time.process_time()
     for step in range(begin, steps):
-        loss, told = learner(step, work / "scenes", scenes)
+        loss, told = learner(step, work / "scenes", scenes, talks=step >= SEEING * steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 < 5:
+        if step % 100 < 6:
             shown = ", ".join(f"{k} {v:.2f}" for k, v in told.items())
             say(f"base: step {step}, {time.process_time() - began:.0f} s: {shown}")
         if (step + 1) % EVERY == 0 and step + 1 < steps:
             state = {"model": learner.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"schedule": schedule.state_dict(), "step": step + 1}, f"{part}.new")
             Path(f"{part}.new").replace(part)
-    names = ("visual.", "model.", "detection_model.")
-    kept = {k: v for k, v in learner.vpt.state_dict().items() if k.startswith(names)}
+    names = ("visual.", "model.", "detection_model.", "detection_projector.")
+    kept = {
+        k: v
+        for k, v in learner.vpt.state_dict().items()
+        if k.startswith(names) and "_condition." not in k
+    }
     kept["model.embed_tokens.weight"] = kept["model.embed_tokens.weight"][: len(byte_tokenizer())]
     save_file({k: v.contiguous() for k, v in kept.items()}, work / "base.new")
     (work / "base.new").replace(done)
@@ -123,30 +134,56 @@ class Learner(nn.Module):
             lambda module, given: self._states.append(given[0])
         )
 
-    def forward(self, step: int, folder: Path, scenes: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of step ``step``: close-ups, whole views and the small DINOv2 in turn."""
+    def forward(
+        self, step: int, folder: Path, scenes: int, *, talks: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of step ``step``: of naming patches, and of answers if it ``talks``."""
         rng = random.Random(f"base-{step}")
-        chosen = [rng.randrange(scenes) for _ in range(ROWS)]
-        kind = ("close", "whole", "close", "whole", "dino")[step % 5]
-        side = {"close": reduced.CROP, "whole": reduced.VIEW, "dino": reduced.LOOK}[kind]
+        kind = (TALK if talks else SEE)[step % 6]
+        side = {"whole": reduced.VIEW, "dino": reduced.LOOK}.get(kind, reduced.CROP)
         views, marks, asked = [], [], []
-        for seed in chosen:
+        for _ in range(ROWS):
+            seed = rng.randrange(scenes)
             discs = reduced.make_discs(seed)
-            window = _window(rng, discs) if kind == "close" else (0, 0, reduced.SIDE, reduced.SIDE)
+            whole = (0, 0, reduced.SIDE, reduced.SIDE)
+            window = _window(rng, discs) if kind in ("close", "late") else whole
             with Image.open(folder / f"{seed}.png") as picture:
                 view = picture.resize((side, side), Image.Resampling.BICUBIC, box=window)
             views.append(np.asarray(view))
-            marks.append(_labels(discs, window, side, readable=kind != "whole"))
-            asked.append(_questions(rng, discs, window, close=kind == "close"))
-        if kind == "dino":
-            return self._named(self._dino_states(views), np.stack(marks).reshape(-1, 2), "dino")
-        order = [_blocks(m) for m in marks]
-        return self._talk(views, np.concatenate(order), asked, kind)
+            labels = _labels(discs, window, side, readable=kind != "whole")
+            marks.append(labels.reshape(-1, 2) if kind == "dino" else _blocks(labels))
+            questions = _questions(rng, discs, window, where=kind == "whole")
+            asked.append(questions[:1] if kind in ("late", "dino") else questions)
+        seen, loss, told = self._seen(kind, views, np.stack(marks))
+        if not talks:
+            return loss, told
+        said, more = self._said(kind, seen, asked, _spots(np.stack(marks), seen.shape[1]))
+        return loss + said, told | more
 
-    def _dino_states(self, views: Sequence[Pixels]) -> Tensor:
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
-        return torch.cat(self.vpt.run_tower("dino", pixels=(pixels - mean) / std))
+    def _seen(
+        self, kind: str, views: Sequence[Pixels], labels: Labels
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Visual tokens [rows, V, D] of pictures, and how well their patches are named."""
+        flat = labels.reshape(-1, 2)
+        if kind == "dino":
+            mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+            pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
+            states = torch.stack(self.vpt.run_tower("dino", pixels=(pixels - mean) / std))
+            loss, told = self._named(states.flatten(0, 1), flat, kind)
+            return self.vpt.projector("dino").features(states), loss, told
+        mean, std = (torch.tensor(v).view(1, 3, 1) for v in (MEAN, STD))
+        frames = torch.from_numpy(np.concatenate([frame_patches(v) for v in views]))
+        pixels = (frames.view(-1, 3, PATCH**2).float() / 255 - mean) / std
+        pixels = pixels[:, :, None].expand(-1, -1, 2, -1).reshape(len(pixels), -1)
+        count = views[0].shape[0] // PATCH
+        self._states.clear()
+        seen = self.vpt.encode_images(pixels, torch.tensor([(1, count, count)] * len(views)))
+        states = self._states.pop()
+        loss, told = self._named(states, flat, kind)
+        if kind == "whole":  # a close-up does not say where it was taken
+            far = _off(self.place(states), count)
+            loss, told = loss + 4 * far, told | {"whole off by": float(far.detach())}
+        return torch.stack(seen), loss, told
 
     def _named(self, states: Tensor, labels: Labels, name: str) -> tuple[Tensor, dict[str, float]]:
         head = self.dino if name == "dino" else self.tower
@@ -162,67 +199,53 @@ class Learner(nn.Module):
                 told[f"{name} {what}"] = float((part.argmax(-1) == aim)[aim > 0].float().mean())
         return loss, told
 
-    def _talk(
-        self,
-        views: Sequence[Pixels],
-        labels: Labels,
-        asked: Sequence[Sequence[tuple[str, str]]],
-        kind: str,
+    def _said(
+        self, kind: str, seen: Tensor, asked: Sequence[Sequence[tuple[str, str]]], spots: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        mean, std = (torch.tensor(v).view(1, 3, 1) for v in (MEAN, STD))
-        frames = torch.from_numpy(np.concatenate([frame_patches(v) for v in views]))
-        pixels = (frames.view(-1, 3, PATCH**2).float() / 255 - mean) / std
-        pixels = pixels[:, :, None].expand(-1, -1, 2, -1).reshape(len(pixels), -1)
-        grid = (1, views[0].shape[0] // PATCH, views[0].shape[1] // PATCH)
-        self._states.clear()
-        seen = self.vpt.encode_images(pixels, torch.tensor([grid] * len(views)))
-        states = self._states.pop()
-        dense, told = self._named(states, labels, kind)
-        if kind == "whole":  # a close-up does not say where it was taken
-            far = _off(self.place(states), grid[1])
-            dense, told = dense + 4 * far, told | {"whole off by": float(far.detach())}
-        ids, aims, askings = self._sequences(asked, len(seen[0]))
+        """The loss of answers about ``seen``, and of where their heads look."""
+        ids, aims, askings = self._sequences(asked, seen.shape[1], late=kind in ("late", "dino"))
         embeds = self.vpt.model.embed_tokens(ids)
-        embeds = embeds.masked_scatter((ids == self.image)[..., None], torch.cat(seen))
-        positions = torch.stack([self.vpt.rope_positions(row, [grid]) for row in ids], dim=1)
+        embeds = embeds.masked_scatter((ids == self.image)[..., None], seen)
+        side = 2 * round(seen.shape[1] ** 0.5)
+        if kind == "dino":  # counted on like text, as a re-encoded picture is
+            positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        else:
+            rows = [self.vpt.rope_positions(row, [(1, side, side)]) for row in ids]
+            positions = torch.stack(rows, dim=1)
         found = self.vpt.model(inputs_embeds=embeds, position_ids=positions, output_attentions=True)
-        hidden = found.last_hidden_state
         known = aims[:, 1:] != -100
-        logits = self.vpt.lm_head(hidden[:, :-1][known])
+        logits = self.vpt.lm_head(found.last_hidden_state[:, :-1][known])
         target = aims[:, 1:][known]
         said = functional.cross_entropy(logits, target)
-        pointing = _pointing(
-            found.attentions, askings, ids == self.image, _spots(labels, len(views))
-        )
+        pointing = _pointing(found.attentions, askings, ids == self.image, spots)
         letters = target != self.tokenizer.convert_tokens_to_ids(IM_END)
         right = (logits.argmax(-1) == target)[letters].float().mean()
-        told |= {f"{kind} pointing": float(pointing.detach())}
-        told |= {f"{kind} said": float(said.detach()), f"{kind} right": float(right)}
-        return said + dense + pointing, told
+        told = {f"{kind} pointing": float(pointing.detach()), f"{kind} right": float(right)}
+        return said + pointing, told | {f"{kind} said": float(said.detach())}
 
     def _sequences(
-        self, asked: Sequence[Sequence[tuple[str, str]]], tokens: int
+        self, asked: Sequence[Sequence[tuple[str, str]]], tokens: int, *, late: bool
     ) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
         """Ids and labels [rows, L] of talks about one picture each, padded on the right; and where
-        colours are asked for: row, place, number of the colour."""
+        answers begin: row, place before it, number of the colour that was asked for.
+
+        ``late``: the picture is shown in a second turn, after the question.
+        """
+        picture = f"{VISION_START}{IMAGE_PAD * tokens}{VISION_END}"
         rows: list[tuple[list[int], list[int]]] = []
         askings = []
         for talk in asked:
             ids: list[int] = []
             labels: list[int] = []
             for number, (question, answer) in enumerate(talk):
-                image = f"{VISION_START}{IMAGE_PAD * tokens}{VISION_END}\n" if number == 0 else ""
-                opening = f"{IM_START}user\n{image}{question}{IM_END}\n{IM_START}assistant\n"
-                for text, learnt in ((opening, False), (answer + IM_END, True), ("\n", False)):
-                    got = self.tokenizer(text)["input_ids"]
-                    if text == opening:
-                        after = len(
-                            self.tokenizer(f"{question[1:]}{IM_END}\n{IM_START}assistant\n")[
-                                "input_ids"
-                            ]
-                        )
-                        place = len(ids) + len(got) - after - 1
-                        askings.append((len(rows), place, _COLOURS.index(question[0])))
+                text = question if late or number else f"{picture}\n{question}"
+                if late:
+                    text += f"{IM_END}\n{IM_START}assistant\n?{IM_END}\n{IM_START}user\n{picture}"
+                given = f"{IM_START}user\n{text}{IM_END}\n{IM_START}assistant\n"
+                for part, learnt in ((given, False), (answer + IM_END, True), ("\n", False)):
+                    if learnt:
+                        askings.append((len(rows), len(ids) - 1, _COLOURS.index(question[0])))
+                    got = self.tokenizer(part)["input_ids"]
                     ids += got
                     labels += got if learnt else [-100] * len(got)
             rows.append((ids, labels))
@@ -239,9 +262,10 @@ def _off(said: Tensor, count: int) -> Tensor:
     return functional.l1_loss(said, true.repeat(len(said) // len(true), 1))
 
 
-def _spots(labels: Labels, views: int) -> Tensor:
-    """[views, tokens, colours]: which visual tokens show a disc of which colour."""
-    shown = torch.from_numpy(labels[:, 0]).view(views, -1, MERGE**2)
+def _spots(labels: Labels, tokens: int) -> Tensor:
+    """[views, tokens, colours] of labels [views, patches, 2]: which visual tokens show a disc of
+    which colour."""
+    shown = torch.from_numpy(labels[..., 0]).view(len(labels), tokens, -1)
     return torch.stack([(shown == i + 1).any(-1) for i in range(len(_COLOURS))], dim=-1)
 
 
@@ -251,12 +275,12 @@ def _pointing(
     image: Tensor,
     spots: Tensor,
 ) -> Tensor:
-    """How little two heads of the second layer look from a colour's name at the disc that has it.
+    """How little two heads of the third layer look at the disc that was asked for.
 
     Nothing else leads to it: what an answer tells of the place is lost in the guesses of thousands
     of steps before the first question finds its disc.
     """
-    looks = attentions[1][:, :2]  # [rows, 2, L, L]
+    looks = attentions[2][:, :2]  # [rows, 2, L, L]
     losses = []
     for row, place, colour in askings:
         spot = spots[row, :, colour]
@@ -316,7 +340,7 @@ def _blocks(grid: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _questions(
-    rng: random.Random, discs: Sequence[reduced.Disc], window: Sequence[float], *, close: bool
+    rng: random.Random, discs: Sequence[reduced.Disc], window: Sequence[float], *, where: bool
 ) -> list[tuple[str, str]]:
     """Questions with answers about the discs that are in the window, in any order."""
     found = []
@@ -325,8 +349,8 @@ def _questions(
         margin = 12 / (window[2] - window[0])
         if not (margin < x < 1 - margin and margin < y < 1 - margin):
             continue
-        where = f"{int(100 * x):02d}{int(100 * y):02d}"
-        found.append((disc.colour, disc.mark) if close else (f"{disc.colour}@", where))
+        place = f"{int(100 * x):02d}{int(100 * y):02d}"
+        found.append((f"{disc.colour}@", place) if where else (disc.colour, disc.mark))
     rng.shuffle(found)
     return found
 
