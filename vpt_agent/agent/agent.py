@@ -35,6 +35,7 @@ from vpt_agent.vision.policy import ImagePolicy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vpt_agent.agent.load import Parts
     from vpt_agent.model import VPTForConditionalGeneration
     from vpt_agent.model.remote import RemoteOptions
 
@@ -143,34 +144,28 @@ class PerceptionAgent:
 
         ``device`` auto takes a GPU if there is one. ``dtype`` auto is the checkpoint's on a GPU
         and float32 on the CPU. ``tools``: None takes every installed tool that lacks nothing (an
-        extra, a checkpoint), a list adds its tools to those, a registry replaces them. ``progress``
-        hears one line per stage of loading.
-        A model with a kind of its own needs that kind's tool: without it (and without a registry,
-        which says that it is meant) a :class:`UserError` names the tool and its contract.
+        extra, a checkpoint), a list adds its tools to those, a registry replaces them; a kind of a
+        model's own needs its tool (a :class:`UserError` names it) or a registry that leaves it out.
+        ``progress`` hears one line per stage of loading.
 
         A stock Qwen2-VL, Qwen2.5-VL or Qwen3-VL (or another model of pictures and text whose
         language model is a plain decoder: that is checked) calls its tools as JSON, by its own chat
         template (``chat_template`` replaces it), ``constrained`` by their schemas while it decodes
-        (extra ``json``). It writes boxes in its family's frame, or in ``coordinates``
-        (``norm1000``, ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a
-        picture.
+        (extra ``json``). It writes boxes in its family's frame or in ``coordinates`` (``norm1000``,
+        ``shown``, ``view``); ``max_pixels`` bounds the area at which it sees a picture.
 
-        ``compiled``: this process computes single tokens on one CPU thread by a routine in C that
-        is compiled now (:mod:`vpt_agent.model.compiled`; a second, and a C compiler).
-
-        ``decoding`` says who chooses tokens: the ``device``, several before the host looks, or the
-        ``host``; ``auto`` is the device on CUDA (docs/gpu-decode.md). ``weights``: ``int8`` or
-        ``float8`` gives the language model's layers weights of eight bits (extra ``int8``).
-
-        ``max_cached_tokens`` bounds the cache of keys and values; ``options`` say how many answers
-        go on together, and how (docs/many-answers.md).
+        ``compiled``: this process decodes on one CPU thread by routines in C that are compiled now
+        (:mod:`vpt_agent.model.compiled`; a second, and a C compiler). ``decoding`` says who chooses
+        tokens: the ``device``, several before the host looks, or the ``host``; ``auto`` is the
+        device on CUDA (docs/gpu-decode.md). ``weights``: ``int8`` or ``float8`` gives the language
+        model's layers weights of eight bits (extra ``int8``). ``max_cached_tokens`` bounds the
+        cache; ``options`` say how answers go on together (docs/many-answers.md).
         """
         from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
         from vpt_agent.model.compiled import use
 
         if compiled:
             use()
-
         parts = load_parts(
             name,
             device=device,
@@ -180,6 +175,15 @@ class PerceptionAgent:
             say=progress or (lambda _: None),
             options=StockOptions(coordinates, max_pixels, chat_template, constrained),
         )
+        return cls._of(
+            parts, tools, max_cached_tokens=max_cached_tokens, decoding=decoding, options=options,
+            allow_urls=allow_urls,
+            dialect=None if parts.stock is None else stock_dialect(parts, constrained=constrained),
+        )  # fmt: skip
+
+    @classmethod
+    def _of(cls, parts: Parts, tools: Tools, **settings: Any) -> PerceptionAgent:
+        """An agent on a model with perception tokens, or on a stock one by its dialect."""
         return cls(
             parts.model,
             parts.tokenizer,
@@ -187,11 +191,7 @@ class PerceptionAgent:
             registry=_registry(tools, parts.model.table, parts.abilities),
             abilities=parts.abilities,
             max_positions=parts.max_positions,
-            max_cached_tokens=max_cached_tokens,
-            decoding=decoding,
-            options=options,
-            allow_urls=allow_urls,
-            dialect=None if parts.stock is None else stock_dialect(parts, constrained=constrained),
+            **settings,
         )
 
     @classmethod
@@ -252,18 +252,10 @@ class PerceptionAgent:
         """An agent on a VPT model that is in memory already (while training, in tests)."""
         from vpt_agent.agent.load import parts_of
 
-        parts = parts_of(model, tokenizer, name)
-        return cls(
-            parts.model,
-            parts.tokenizer,
-            policy=parts.policy,
-            registry=_registry(tools, parts.model.table, parts.abilities),
-            abilities=parts.abilities,
-            max_positions=parts.max_positions,
-            max_cached_tokens=max_cached_tokens,
-            decoding=decoding,
-            options=options,
-        )
+        return cls._of(
+            parts_of(model, tokenizer, name), tools,
+            max_cached_tokens=max_cached_tokens, decoding=decoding, options=options,
+        )  # fmt: skip
 
     @classmethod
     def from_server(
