@@ -46,9 +46,23 @@ def test_answer_of_any_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_throughput_of_any_checkpoint(checkpoint: Path) -> None:
     command = ["bench", "throughput", "--model", str(checkpoint), *SMALL, "--questions", "2"]
-    result = runner.invoke(app, [*command, "--json"])
+    for way, least in (("host", 0.0), ("device", 0.6)):
+        result = runner.invoke(app, [*command, "--json", "--decoding", way])
+        assert result.exit_code == 0, result.stderr
+        figures = json.loads(result.stdout)
+        assert figures["settings"]["questions"] == 2
+        assert figures["answers_equal"]
+        assert (figures["chosen_on_device"] > least) == (way == "device")
+
+
+def test_answer_with_weights_of_eight_bits(checkpoint: Path) -> None:
+    pytest.importorskip("torchao")
+    command = ["bench", "answer", "--model", str(checkpoint), *SMALL, "--weights", "int8"]
+    result = runner.invoke(app, [*command, "--decoding", "device", "--json"])
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["settings"]["questions"] == 2
+    figures = json.loads(result.stdout)
+    assert figures["model"] == "tiny, int8"
+    assert figures["spoken"]["chosen_on_device"] > 0.6
 
 
 def test_overlap_of_any_checkpoint(checkpoint: Path) -> None:
@@ -68,6 +82,8 @@ def test_overlap_of_any_checkpoint(checkpoint: Path) -> None:
         (["--shape", "7b"], "unknown shape"),
         (["--dtype", "int4"], "unknown dtype"),
         (["--device", "abacus"], "unknown device"),
+        (["--weights", "int3"], "unknown weights"),
+        (["--decoding", "gpu"], "unknown way of decoding"),
         (["--force", "lookup"], "random weights have no such perception kind"),
     ],
 )
