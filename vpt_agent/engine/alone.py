@@ -41,10 +41,11 @@ def alone(engine: Engine, feeding: Sequence[Live]) -> Fed | None:
         return None
     model, device = engine.model, engine.device
     try:
-        embeds = model.get_input_embeddings()(torch.tensor([block.ids], device=device))
+        # Filled and viewed, since lists and indexes are read slowly by comparison.
+        embeds = model.get_input_embeddings()(torch.full((1, 1), block.ids[0], device=device))
         cache.begin_token(row)
-        places = block.positions[:, None].to(device)  # [3, 1, 1]
-        hidden = model.run_language_model(embeds, places, None, cache)[0]  # [1, D]
+        places = block.positions.view(3, 1, 1).to(device)
+        hidden = model.run_language_model(embeds, places, None, cache).squeeze(0)  # [1, D]
         logits = model.compute_logits(hidden).float()
     except (UserError, torch.OutOfMemoryError):
         return None
