@@ -26,7 +26,7 @@ def gpu() -> ModuleType:
 def test_every_step_runs_dry(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "tests", lambda plan, paths: {"paths": paths, "passed": True})
+    monkeypatch.setattr(gpu, "run_tests", lambda plan, paths, *_: {"paths": paths, "passed": True})
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
     found = {p.stem: json.loads(p.read_text()) for p in tmp_path.iterdir()}
     assert set(found) == set(gpu.STEPS) == set(gpu.LIMITS)
@@ -69,6 +69,8 @@ def test_a_step_that_hangs_is_stopped(gpu: ModuleType, tmp_path: Path) -> None:
 
 def test_the_tests_that_it_names_can_be_collected(gpu: ModuleType, tmp_path: Path) -> None:
     plan = gpu.Plan(gpu.torch.device("cpu"), True)
-    found = gpu.tests(plan, ["tests/unit/tokens/test_automaton.py"])
+    found = gpu.run_tests(plan, ["tests/unit/tokens/test_automaton.py"])
     assert found["passed"]
     assert any("test_automaton" in line for line in found["output"])
+    late = gpu.run_tests(plan, ["tests/unit/tokens/test_automaton.py"], 0.01)
+    assert (late["passed"], late["stopped_after"]) == (False, 0.01)

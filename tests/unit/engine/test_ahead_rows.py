@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.engine.conftest import KINDS, Kit, make_kit
+from tests.unit.engine.conftest import DEVICE, KINDS, Kit
 from tests.unit.engine.test_ahead import GREEDY, assert_same, engine_of, rules, tell
 from vpt_agent.engine.ahead import make_ahead
 from vpt_agent.engine.core import Engine
@@ -170,6 +170,7 @@ def test_what_the_device_cannot_do_is_the_hosts_and_named(one: Kit) -> None:
     assert device.ahead.counters.fallbacks == {"an experiment": 1}
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a recorded step calls no model that breaks later")
 def test_logits_that_are_no_numbers_are_the_hosts_to_say(
     one: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +252,7 @@ def test_a_way_of_decoding_that_there_is_not(one: Kit) -> None:
     with pytest.raises(UserError, match="this kind of device cannot choose tokens"):
         make_ahead(Elsewhere(), "device")  # type: ignore[arg-type]
     assert make_ahead(Elsewhere(), "auto") is None  # type: ignore[arg-type]
-    assert make_kit(1).engine.ahead is None, "a CPU's host decodes unless it is asked not to"
+    assert (one.engine.ahead is None) == (DEVICE == "cpu"), "a CPU's host decodes unless asked"
 
 
 @pytest.mark.parametrize("packed", [False, True])
