@@ -388,14 +388,25 @@ def _slots(reach: int) -> int:
 
 
 def weights_of(model: Any) -> Hashable:
-    """What a recorded step of ``model`` relies on: the modules and where their weights lie. None
-    if a module has a hook, which a recorded step would not call."""
-    modules = list(model.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-        return None
+    """What a recorded step of ``model`` relies on: the modules of its language model and output
+    head, and where their weights lie. None if one has a hook, which a recorded step would not call.
+
+    Asked for every turn, so without ``modules()`` and ``parameters()``, which take five times as
+    long.
+    """
+    waiting = [model.model, model.lm_head]
     plain = torch.nn.Parameter
-    where = tuple(p.data_ptr() if type(p) is plain else id(p) for p in model.parameters())
-    return tuple(map(id, modules)), where
+    found: list[int] = []
+    while waiting:
+        module = waiting.pop()
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        found.append(id(module))
+        for weight in module._parameters.values():
+            if weight is not None:
+                found.append(weight.data_ptr() if type(weight) is plain else id(weight))
+        waiting += [child for child in module._modules.values() if child is not None]
+    return tuple(found)
 
 
 def make_ahead(engine: Engine, decoding: Decoding) -> Ahead | None:
