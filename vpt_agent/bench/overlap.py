@@ -31,7 +31,7 @@ class Overlap:
     repeats: int = 5
     threads: int = 2
     questions: int = 8
-    large: int = 1536
+    large: int = 448
 
 
 def bench_overlap(

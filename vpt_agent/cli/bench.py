@@ -144,7 +144,7 @@ def overlap(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn.")] = 5,
     threads: Threads = 2,
     questions: Annotated[int, typer.Option(min=2, help="Of the batch, each a picture.")] = 8,
-    large: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of those.")] = 1536,
+    large: Annotated[int, typer.Option(min=28, metavar="PX", help="Side of those.")] = 448,
     device: Device = "cpu",
     out: Out = None,
     as_json: AsJson = False,
