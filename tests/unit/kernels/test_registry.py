@@ -19,7 +19,9 @@ def test_names() -> None:
 
 
 def test_unknown_operator_and_device() -> None:
-    with pytest.raises(UserError, match=r"unknown operator; got: blur; expected: attend, condition"):
+    with pytest.raises(
+        UserError, match=r"unknown operator; got: blur; expected: attend, condition"
+    ):
         kernels.kernel_name("blur")
     with pytest.raises(UserError, match=r"no kernel.*where: vpt::look; got: meta; expected: cpu"):
         kernels.kernel_name("look", torch.zeros(1, device="meta"))
