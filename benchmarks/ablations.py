@@ -368,7 +368,7 @@ def main() -> None:
     """The command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps every run")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON of all figures")
+    parser.add_argument("--out", type=Path, help=f"JSON of all figures ({OUT.name})")
     parser.add_argument("--minutes", type=float, default=30, help="CPU minutes of a run, at most")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only runs whose name holds this")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 share the runs")
     parser.add_argument("--total-minutes", type=float, help="begin no run after so many")
-    parser.add_argument("--list", action="store_true", help="only say what was run")
+    parser.add_argument("--list", action="store_true", help="only print what was run")
     args = parser.parse_args()
     number, _, parts = args.part.partition("/")
     if not (number.isdigit() and parts.isdigit() and 0 < int(number) <= int(parts)):
@@ -388,13 +388,15 @@ def main() -> None:
     mine = [run for run in queue()[int(number) - 1 :: int(parts)] if args.only in run.name]
     failed = {} if args.list else run_all(mine, args)
     data = collect(args, failed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     from vpt_agent.evaluation.runs import orders_table, tables_of_runs
 
     for table in (*tables_of_runs(data), orders_table(data), costs(data)):
         print(table.to_markdown() + "\n")
-    print(f"written: {args.out}", file=sys.stderr)
+    out = args.out if args.list else args.out or OUT  # a look at a folder overwrites no figures
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"written: {out}", file=sys.stderr)
 
 
 def run_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, str]:

@@ -326,8 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", choices=STEPS, action="append")
     parser.add_argument("--seconds", type=float, default=525, help="for all steps together")
     given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
     names = given.step or list(LIMITS)
+    if not given.dry_run and given.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("this machine, or this build of torch, has no CUDA device; try --dry-run")
+    given.out.mkdir(parents=True, exist_ok=True)
     if given.dry_run:
         dry = Plan(torch.device("cpu"), True, prompt=20, tokens=12, streams=(2, 3), repeats=1)
         return sum(not run_step(name, dry, given.out) for name in names)

@@ -12,6 +12,8 @@ import torch
 
 from vpt_agent.agent.plan import Abilities
 from vpt_agent.config import shipped_model
+from vpt_agent.engine.ahead import check_decoding
+from vpt_agent.engine.options import EngineOptions
 from vpt_agent.errors import CheckpointError, InternalError, UserError
 from vpt_agent.prompt.vpt import Tokenizer
 from vpt_agent.vision.policy import ImagePolicy
@@ -46,6 +48,26 @@ class StockOptions:
     max_pixels: int | None = None
     chat_template: str | None = None
     constrained: bool = True
+
+
+def check_engine(decoding: str, options: object, max_cached_tokens: object) -> None:
+    """Raise :class:`UserError` for what no engine can be made with, before a model is loaded."""
+    check_decoding(decoding)
+    if not isinstance(options, EngineOptions):
+        raise UserError(
+            "options must be EngineOptions(...)",
+            where="options",
+            got=repr(options),
+            fix="from vpt_agent.engine import EngineOptions, or leave options out",
+        )
+    number = isinstance(max_cached_tokens, int) and not isinstance(max_cached_tokens, bool)
+    if max_cached_tokens is not None and not number:
+        raise UserError(
+            "the KV cache budget must be a whole number of tokens",
+            where="max_cached_tokens",
+            got=repr(max_cached_tokens),
+            fix="leave it out for a cache without a budget",
+        )
 
 
 def load_parts(

@@ -88,16 +88,21 @@ def as_rows(found: Sequence[Stage]) -> list[dict[str, Any]]:
     return [asdict(stage) for stage in found]
 
 
-def draw(figures: Mapping[str, Any], path: Path) -> None:
-    """Draw the figures of ``bench answer``: the stages of one answer as they came, and below the
-    parts of both ways in seconds."""
+def check_plots() -> Any:
+    """matplotlib's ``Figure``. Raises :class:`MissingExtraError`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
             "plots need matplotlib", fix='pip install "vpt-agent[plots]"'
         ) from error
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    return Figure
+
+
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """Draw the figures of ``bench answer``: the stages of one answer as they came, and below the
+    parts of both ways in seconds."""
+    figure = check_plots()(figsize=(10, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     rows = figures["timeline"]
     for place, row in enumerate(rows):

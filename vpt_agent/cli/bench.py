@@ -69,10 +69,14 @@ def answer(
 ) -> None:
     """One answer in two rounds, beside the published procedure written plainly."""
     from vpt_agent.bench.answer import Settings, bench_answer
-    from vpt_agent.bench.timeline import draw
+    from vpt_agent.bench.timeline import check_plots, draw
     from vpt_agent.engine.ahead import check_decoding
 
     way = check_decoding(decoding)
+    _ready(out, drawn)
+    _one_thread(compiled, threads, device)
+    if drawn is not None:
+        check_plots()
     ours, name = _load(model, shape, force, device, dtype, weights)
     other = None
     if baseline_dtype not in (None, dtype) or weights != "own":
@@ -112,6 +116,8 @@ def throughput(
     from vpt_agent.engine.ahead import check_decoding
 
     way = check_decoding(decoding)
+    _ready(out)
+    _one_thread(compiled, threads, device)
     loaded, name = _load(model, shape, force, device, dtype, weights)
     crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way, compiled, alone)
     figures = bench_throughput(loaded, crowd, shape=name, tell=_tell)
@@ -152,6 +158,7 @@ def overlap(
     """What is done ahead of need, beside the same done when it is needed."""
     from vpt_agent.bench.overlap import Overlap, bench_overlap
 
+    _ready(out)
     loaded, name = _load(model, shape, force, device, "float32")
     asked = Overlap(image, new_tokens, force, repeats, threads, questions, large)
     figures = bench_overlap(loaded, asked, shape=name, tell=_tell)
@@ -177,6 +184,7 @@ def kernels(
     """The operators, beside what they stand in for."""
     from vpt_agent.bench.kernels import bench_kernels
 
+    _ready(out)
     figures = bench_kernels(device=_device(device), repeats=repeats, count=threads, tell=_tell)
     timer = figures["timer"]
     lines = [
@@ -213,6 +221,7 @@ def import_(
     """How long a cold process takes to begin."""
     from vpt_agent.bench.start import bench_import
 
+    _ready(out)
     figures = bench_import(repeats=repeats, answer=answer, tell=_tell)
     lines = [f"{name}: {_seconds(own, 'cpu')}" for name, own in figures["processes"].items()]
     lines += [f"cold answer, {name}: {s:.2f} s" for name, s in figures["stages"].items()]
@@ -233,6 +242,7 @@ def train(
     """A training step in one pass where one is enough, beside the one with two full passes."""
     from vpt_agent.training.bench import AIM, bench
 
+    _ready(out)
     figures = bench(
         repeats=repeats, rows=rows, threads=threads, say=lambda text: note("bench", text)
     )
@@ -252,6 +262,31 @@ def train(
 
 def _tell(text: str) -> None:
     note("bench", text)
+
+
+def _ready(*files: Path | None) -> None:
+    """Raise :class:`UserError` for a file that cannot be written: before the measurement, so that
+    minutes of it are not lost."""
+    for path in files:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UserError(
+                "the file cannot be written",
+                where=path,
+                got="a folder" if path.is_dir() else "its folder does not exist",
+                expected="a file in a folder that exists",
+            )
+
+
+def _one_thread(compiled: bool, threads: int, device: str) -> None:
+    """Raise :class:`UserError` where the routines in C would not be used, and figures would be
+    called ``compiled`` nevertheless."""
+    if compiled and (threads != 1 or not device.startswith("cpu")):
+        raise UserError(
+            "the routines in C compute on one CPU thread",
+            where="--compiled",
+            got=f"--device {device} --threads {threads}",
+            fix="use --threads 1 on a CPU, or leave --compiled out",
+        )
 
 
 def _done(figures: Mapping[str, Any], out: Path | None, as_json: bool, lines: list[str]) -> None:

@@ -30,7 +30,9 @@ def check_weights(name: str) -> None:
     """Raise :class:`UserError` for a name that is none of :data:`WEIGHTS`, and
     :class:`MissingExtraError` where torchao is missing."""
     if name not in WEIGHTS:
-        raise UserError("unknown weights", got=name, expected=", ".join(WEIGHTS))
+        raise UserError(
+            "unknown weights", where="weights", got=str(name), expected=", ".join(WEIGHTS)
+        )
     if name != "own":
         _torchao()
 

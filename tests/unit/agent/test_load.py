@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ from vpt_agent.tool.registry import FailedTool
     [
         ({"device": "toaster"}, "unknown device"),
         ({"dtype": "int3"}, "unknown dtype"),
+        ({"weights": "int4"}, "unknown weights; .*got: int4; expected: own, int8, float8"),
+        ({"decoding": "gpu"}, "unknown way of decoding; .*got: gpu; expected: auto, device"),
+        ({"options": 64}, r"options must be EngineOptions\(...\); where: options; got: 64"),
+        ({"max_cached_tokens": "8k"}, "must be a whole number of tokens; .*got: '8k'"),
+        ({"max_cached_tokens": True}, "must be a whole number of tokens; .*got: True"),
     ],
 )
-def test_devices_and_dtypes_are_checked_before_anything_is_read(
-    options: dict[str, str], message: str, tmp_path: Path
+def test_options_are_checked_before_anything_is_read(
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
         PerceptionAgent.from_pretrained(tmp_path / "nothing", **options)

@@ -62,6 +62,19 @@ def test_a_step_that_fails_loses_no_other(
     assert json.loads((tmp_path / "many.json").read_text())["fine"]
 
 
+def test_a_machine_without_a_gpu_is_told_at_once(
+    gpu: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path / "none")])
+    assert "no CUDA device; try --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_step_that_hangs_is_stopped(gpu: ModuleType, tmp_path: Path) -> None:
     assert not gpu.run_apart("many", tmp_path, "cpu", 0.1)
     assert "took longer" in json.loads((tmp_path / "many.json").read_text())["failed"]

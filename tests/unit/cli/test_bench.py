@@ -85,12 +85,32 @@ def test_overlap_of_any_checkpoint(checkpoint: Path) -> None:
         (["--weights", "int3"], "unknown weights"),
         (["--decoding", "gpu"], "unknown way of decoding"),
         (["--force", "lookup"], "random weights have no such perception kind"),
+        (["--compiled", "--threads", "2"], "the routines in C compute on one CPU thread"),
+        (["--compiled", "--device", "cuda"], "the routines in C compute on one CPU thread"),
+        (["--out", "no/such/folder/a.json"], "the file cannot be written; where: no/such/folder"),
+        (["--out", "."], "the file cannot be written; where: .; got: a folder"),
+        (["--picture", "no/such/folder/a.png"], "got: its folder does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_bad_input(options: list[str], message: str) -> None:
     result = runner.invoke(app, ["bench", "answer", *options])
     assert result.exit_code == 2
     assert message in result.stderr
+    assert "timing" not in result.stderr  # said before anything is measured
+
+
+def test_a_compiler_that_is_missing_is_said(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpt_agent.model import compiled
+
+    monkeypatch.setattr(compiled, "_library", None)
+    monkeypatch.setenv("CC", "/nonexistent")
+    command = ["bench", "answer", "--model", str(checkpoint), *SMALL, "--compiled"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 1
+    assert "there is no C compiler" in result.stderr
+    assert "install gcc or clang" in result.stderr
 
 
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +142,7 @@ def test_drawing_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"plots need matplotlib"):
         draw({}, tmp_path / "none.png")
+    result = runner.invoke(app, ["bench", "answer", "--picture", str(tmp_path / "none.png")])
+    assert result.exit_code == 1
+    assert "plots need matplotlib" in result.stderr
+    assert "timing" not in result.stderr

@@ -179,3 +179,37 @@ def test_the_base_is_learnt_goes_on_after_a_kill_and_is_taken(
         assert len(embeddings) > len(known)
         assert torch.equal(model.visual.merger.ln_q.weight, weights["visual.merger.ln_q.weight"])
         assert hasattr(model, "detection_model") == (kind == "dino")
+
+
+def test_a_look_at_a_folder_overwrites_no_figures(
+    modules: tuple[ModuleType, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, ablations = modules
+    kept = tmp_path / "ablations.json"
+    kept.write_text("hard won", encoding="utf-8")
+    monkeypatch.setattr(ablations, "OUT", kept)
+    command = ["ablations.py", "--list", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", command)
+    ablations.main()
+    assert "not run: k = 8, k = 16, k = 4" in capsys.readouterr().out
+    assert kept.read_text(encoding="utf-8") == "hard won"
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "asked.json")])
+    ablations.main()
+    assert "groups" in (tmp_path / "asked.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", ["3/2", "0/1", "one"])
+def test_a_part_that_there_is_not_is_said(
+    modules: tuple[ModuleType, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+) -> None:
+    _, ablations = modules
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--work", ".", "--part", part])
+    with pytest.raises(SystemExit, match="2"):
+        ablations.main()
+    assert f"--part is I/N with 1 <= I <= N, not {part}" in capsys.readouterr().err
