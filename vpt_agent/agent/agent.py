@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt_agent.agent.dialect import Dialect
 from vpt_agent.agent.dispatch import Dispatcher
+from vpt_agent.agent.load import check_engine
 from vpt_agent.agent.pictures import Ahead, Given, Images, Pictures
 from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
@@ -82,6 +83,7 @@ class PerceptionAgent:
         allow_urls: bool = False,
         dialect: Callable[[Engine, Dispatcher], Dialect] | None = None,
     ) -> None:
+        check_engine(decoding, options, max_cached_tokens)
         self.model, self.tokenizer = model, tokenizer
         self.registry, self.abilities, self.allow_urls = registry, abilities, allow_urls
         self.engine = Engine(
@@ -164,6 +166,7 @@ class PerceptionAgent:
         from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
         from vpt_agent.model.compiled import use
 
+        check_engine(decoding, options, max_cached_tokens)
         if compiled:
             use()
         parts = load_parts(

@@ -100,7 +100,9 @@ def check_decoding(name: str) -> Decoding:
     """``name`` as a :data:`Decoding`. Raises :class:`UserError`."""
     known: dict[str, Decoding] = {d: d for d in get_args(Decoding)}
     if name not in known:
-        raise UserError("unknown way of decoding", got=name, expected=", ".join(known))
+        raise UserError(
+            "unknown way of decoding", where="decoding", got=str(name), expected=", ".join(known)
+        )
     return known[name]
 
 
