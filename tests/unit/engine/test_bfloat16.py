@@ -1,4 +1,4 @@
-"""X3 in bfloat16: products of more rows round otherwise, so the tolerance is of the largest logit."""
+"""X3 in bfloat16: more rows round otherwise, so the tolerance is of the largest logit."""
 
 from __future__ import annotations
 
