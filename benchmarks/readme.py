@@ -46,6 +46,10 @@ def table(figures: Mapping[str, Any]) -> str:
         f"and backgrounds never trained on; {free['visual_tokens']:.0f} visual tokens and "
         f"{free['forward_tokens']:.0f} positions of the language model an answer, where it chooses."
     )
+    fewer = {told[0][name]["n"] for name in columns if name.startswith("baseline")} - {asked}
+    if fewer:
+        counts = " or ".join(str(n) for n in sorted(fewer))
+        lines.append(f"A baseline was asked {counts} of them, as many of each type of question.")
     return "\n".join(lines)
 
 

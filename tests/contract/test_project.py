@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import tomllib
 from importlib.metadata import entry_points
@@ -59,3 +61,14 @@ def test_every_tool_file_is_an_entry_point_and_loads() -> None:
     installed = {p.name: p for p in entry_points(group="vpt_agent.tools")}
     for name in set(points) & set(installed):
         assert installed[name].load() is not None
+
+
+def test_the_readme_shows_the_figures_that_were_measured() -> None:
+    spec = importlib.util.spec_from_file_location("readme_script", ROOT / "benchmarks/readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    figures = json.loads((ROOT / "benchmarks/results/perception.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.split(script.BEGIN)[1].split(script.END)[0].strip() == script.table(figures)
