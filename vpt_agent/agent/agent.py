@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt_agent.agent.dialect import Dialect
 from vpt_agent.agent.dispatch import Dispatcher
-from vpt_agent.agent.load import check_engine
+from vpt_agent.agent.load import StockOptions, check_engine, load_parts, stock_dialect
 from vpt_agent.agent.pictures import Ahead, Given, Images, Pictures
 from vpt_agent.agent.plan import Abilities, require_tools
 from vpt_agent.agent.run import Steps
@@ -163,7 +163,6 @@ class PerceptionAgent:
         model's layers weights of eight bits (extra ``int8``). ``max_cached_tokens`` bounds the
         cache; ``options`` say how answers go on together (docs/many-answers.md).
         """
-        from vpt_agent.agent.load import StockOptions, load_parts, stock_dialect
         from vpt_agent.model.compiled import use
 
         check_engine(decoding, options, max_cached_tokens)
