@@ -342,9 +342,11 @@ class PerceptionAgent:
         )
 
     def close(self) -> None:
-        """Stop the tool threads. Sessions in use stay readable."""
+        """Stop the threads of tools, pictures and encoders. Sessions in use stay readable."""
         self.dispatcher.close()
         self.pictures.close()
+        with self.engine.lock:
+            self.engine.features.early.close()
 
     # --- asking ---------------------------------------------------------------------------
 
@@ -451,9 +453,13 @@ class PerceptionAgent:
             return (yield from steps)
         except (UserError, MissingExtraError, ServerError) as error:
             return _failed(error, Trace() if talk is None else talk.trace)
+        except GeneratorExit:  # the batch is given up: its other pictures are not wanted
+            if ahead is not None:
+                ahead.close()
+            raise
         finally:
             if ahead is not None:
-                ahead.finished()
+                ahead.finished(number)
             if talk is not None:
                 talk.close()
 

@@ -13,13 +13,15 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vpt_agent.engine.parts import Wait
 from vpt_agent.errors import UserError
 from vpt_agent.types import View
 from vpt_agent.vision.images import Source, load_views
 
+T = TypeVar("T")
+R = TypeVar("R")
 Images = Source | Sequence[Source] | None
 
 WORKERS = 4
@@ -67,10 +69,10 @@ class Pictures:
         self._starting = threading.Lock()
 
     def close(self) -> None:
-        """Stop the threads; what is being read comes to its end."""
+        """Stop the threads; what somebody asked for is read first."""
         with self._starting:
             if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool.shutdown(wait=False)
                 self._pool = None
 
     def load(self, images: Images | Given) -> Given:
@@ -81,7 +83,7 @@ class Pictures:
         if len(sources) < 2 or not self.workers:
             parts = [self._one(source) for source in sources]
         else:
-            found = [self.pool().submit(self._ready, source) for source in sources]
+            found = [self.submit(self._ready, source) for source in sources]
             parts = [future.result() for future in found]
         done = Given()
         for part in parts:
@@ -95,12 +97,12 @@ class Pictures:
             return None
         return Ahead(self, wanted, most)
 
-    def pool(self) -> ThreadPoolExecutor:
-        """The threads."""
+    def submit(self, read: Callable[[T], R], what: T) -> Future[R]:
+        """Let a thread ``read`` ``what``."""
         with self._starting:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pictures")
-            return self._pool
+            return self._pool.submit(read, what)
 
     def read(self, images: Images) -> Given:
         """Read and prepare ``images`` on this thread."""
@@ -133,7 +135,8 @@ class Ahead:
     def __init__(self, pictures: Pictures, wanted: Sequence[Images], most: int) -> None:
         self._pictures, self._wanted, self._most = pictures, wanted, most
         self._futures: list[Future[Given]] = [Future() for _ in wanted]
-        self._begun = self._taken = self._finished = 0
+        self._begun = self._finished = 0
+        self._taken: set[int] = set()  # by number: some questions end before they ask
         self._lock = threading.Lock()
         self._more()
 
@@ -143,15 +146,17 @@ class Ahead:
             (given,) = yield Wait((self._futures[number],), _on_their_way)
         finally:
             with self._lock:
-                self._taken += 1
+                self._taken.add(number)
+                self._futures[number] = Future()  # the pictures are the run's now
             self._more()
         pictures: Given = given
         return pictures
 
-    def finished(self) -> None:
-        """A question was answered, or given up."""
+    def finished(self, number: int) -> None:
+        """Question ``number`` was answered, or given up."""
         with self._lock:
             self._finished += 1
+            self._taken.add(number)
         self._more()
 
     def close(self) -> None:
@@ -165,13 +170,16 @@ class Ahead:
                 number = self._begun
                 if number >= len(self._wanted) or number - self._finished >= self._most:
                     return
-                if number - self._taken >= WAITING:
+                if number - len(self._taken) >= WAITING:
                     return
                 self._begun += 1
-            self._pictures.pool().submit(self._read, number)
+            self._pictures.submit(self._read, number)
 
     def _read(self, number: int) -> None:
-        future = self._futures[number]
+        with self._lock:
+            future = self._futures[number]
+            if number in self._taken:  # it ended before its pictures were read
+                return
         try:
             future.set_result(self._pictures.read(self._wanted[number]))
         except BaseException as error:  # told to the run that asked for it

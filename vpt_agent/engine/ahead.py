@@ -210,9 +210,11 @@ class Ahead:
         if not rows:
             return [], undone
         said = self._said(rows, garbage)
+        # Copies before any run is told: where memory ends, none of them has moved on.
+        states = [said.hidden[:, r].clone() for r in range(len(rows))]
         done = []
         for r, (piece, _) in enumerate(rows):
-            fed = self._answer(piece, said, r)
+            fed = self._answer(piece, said.choices[:, r].tolist(), states[r])
             if fed is None:
                 undone.append(piece)
                 self.counters.fallbacks["no numbers"] += 1
@@ -264,19 +266,18 @@ class Ahead:
             blocks=self.engine.cache.tables[session.row],
             hidden=session.hidden,
             temperature=s.temperature,
-            top_k=s.top_k,
+            top_k=s.kept,
             top_p=s.top_p,
             chances=ask.sampler.ahead(steps) if s.temperature > 0 else (),
         )
 
-    def _answer(self, piece: Piece, said: Said, r: int) -> Fed | None:
+    def _answer(self, piece: Piece, choices: list[list[float]], states: Tensor) -> Fed | None:
         """What the run of ``piece`` is told; None if nothing could be chosen."""
-        choices = said.choices[:, r].tolist()
         kept = [c for c in choices if c[0] >= 0]
         if not kept:
             return None
         entry, row = piece.entry, piece.session.row
-        hidden = said.hidden[: len(kept), r].clone()
+        hidden = states[: len(kept)]
         self.engine.cache.commit([row], [len(kept)])
         entry.computed(1, hidden[:1], None)
         if entry.known is not None:
@@ -391,7 +392,8 @@ def _slots(reach: int) -> int:
 
 def weights_of(model: Any) -> Hashable:
     """What a recorded step of ``model`` relies on: the modules of its language model and output
-    head, and where their weights lie. None if one has a hook, which a recorded step would not call.
+    head, and where their weights lie. None if one has a hook or a ``forward`` of its own (as
+    libraries that move weights put there): a recorded step would not call it.
 
     Asked for every turn, so without ``modules()`` and ``parameters()``, which take five times as
     long.
@@ -401,7 +403,7 @@ def weights_of(model: Any) -> Hashable:
     found: list[int] = []
     while waiting:
         module = waiting.pop()
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
         found.append(id(module))
         for weight in module._parameters.values():

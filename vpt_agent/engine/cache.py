@@ -288,24 +288,25 @@ class PooledCache(ExplicitCache):
 
     # --- one forward ----------------------------------------------------------------------
 
-    def begin(self, rows: Sequence[int], counts: Sequence[int]) -> Tensor | None:
+    def begin(self, rows: Sequence[int], counts: Sequence[int], width: int = 1) -> Tensor | None:
         """Prepare a forward that appends ``counts[b]`` tokens to row ``rows[b]``.
 
         Returns the boolean attention mask [B, 1, L, S] (True = may attend) where L is the largest
-        count and S the longest row afterwards; or None where plain causal attention over equal,
-        fresh rows, or one query a row over equal rows, is the same thing and cheaper.
+        count, or ``width`` if that is more, and S the longest row afterwards; or None where plain
+        causal attention over equal, fresh rows, or one query a row over equal rows, is the same
+        thing and cheaper.
         """
         self._bury()
         for row, n in zip(rows, counts, strict=True):
             self.reserve(row, n)
         starts = [self.lengths[r] for r in rows]
         ends = [w + n for w, n in zip(starts, counts, strict=True)]
-        length, width = max(counts), max(ends)
+        length, longest = max(width, *counts), max(ends)
         self._now = _Forward(
             self._real(counts, length),
             self._written(rows, starts, ends),
-            None if not any(starts) else self._read(rows, ends, width),
-            width,
+            None if not any(starts) else self._read(rows, ends, longest),
+            longest,
             tuple(ends),
         )
         same = len(set(starts)) == 1 and len(set(counts)) == 1
@@ -317,7 +318,7 @@ class PooledCache(ExplicitCache):
         last = np.minimum(
             np.array(starts)[:, None] + np.arange(length), np.array(ends)[:, None] - 1
         )
-        slot = torch.arange(width, device=device)
+        slot = torch.arange(longest, device=device)
         return (slot <= torch.from_numpy(last).to(device)[..., None])[:, None]  # [B, 1, L, S]
 
     def begin_token(self, row: int) -> None:

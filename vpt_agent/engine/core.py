@@ -228,9 +228,9 @@ class Engine:
         blocks = [p.block for p in pieces]
         counts = [len(b.ids) for b in blocks]
         rows = [p.session.row for p in pieces]
-        width = max(counts)
+        width = _width(blocks, counts)
         embeds, positions = self._inputs(blocks, counts, width)
-        mask = self.cache.begin(rows, counts)
+        mask = self.cache.begin(rows, counts, width)
         hidden = self.model.run_language_model(embeds, positions, mask, self.cache)  # [B, L, D]
         pairs = list(zip(pieces, counts, strict=True))
         states = [hidden[b, p.outputs : n] for b, (p, n) in enumerate(pairs)]
@@ -326,6 +326,15 @@ def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
         else:
             groups.append([piece])
     return [sorted(g, key=lambda p: p.session.row) for g in groups]
+
+
+def _width(blocks: Sequence[Block], counts: Sequence[int]) -> int:
+    """Tokens of a row in one pass. A pass of one token takes it for a word, whose three positions
+    are one; one token of a picture (a chunk may end anywhere) goes as two, the second padding."""
+    width = max(counts)
+    if width == 1 and any(b.visual and len(set(b.positions[:, 0].tolist())) > 1 for b in blocks):
+        return 2
+    return width
 
 
 def kv_shape(model: LanguageModel) -> KVShape:

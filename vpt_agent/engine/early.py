@@ -94,6 +94,12 @@ class Early:
             event.record(self._stream)
         return _Computed(found, time.perf_counter() - began, event)
 
+    def close(self) -> None:
+        """Stop the thread, behind what was begun; a later :meth:`begin` starts another one."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._pool = None
+
     def take(self, begun: Begun[T]) -> Done[T] | None:
         """What was begun, once it is there; None if it failed: computing it again says why.
 

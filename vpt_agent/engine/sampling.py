@@ -34,6 +34,11 @@ class Sampling:
                 "the seed must be a whole number of 64 bits, or None", got=repr(self.seed)
             )
 
+    @property
+    def kept(self) -> int:
+        """:attr:`top_k` as tensors can hold it: no vocabulary is larger."""
+        return min(self.top_k, 2**31)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -164,7 +169,7 @@ class Draw:
         """The settings of ``rows``."""
         return cls(
             torch.tensor([s.temperature for s in rows], dtype=torch.float64, device=device),
-            torch.tensor([s.top_k for s in rows], device=device),
+            torch.tensor([s.kept for s in rows], device=device),
             torch.tensor([s.top_p for s in rows], dtype=torch.float64, device=device),
             any(filtered(s) for s in rows),
         )

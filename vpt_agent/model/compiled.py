@@ -106,6 +106,19 @@ def active() -> Library | None:
 
 def _built() -> Library:
     compiler = _compiler()
+    try:
+        return _compiled_by(compiler)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingExtraError(
+            "the routines for one token cannot be compiled or loaded here",
+            where=" ".join(compiler),
+            got=str(error)[:200],
+            fix="let TMPDIR name a folder that can be written and from which programs may run, "
+            "or leave out compiled=True",
+        ) from error
+
+
+def _compiled_by(compiler: Sequence[str]) -> Library:
     with tempfile.TemporaryDirectory(prefix="vpt-agent-") as folder:
         for name in _SOURCES:
             source = (resources.files("vpt_agent.model") / name).read_bytes()
@@ -194,7 +207,7 @@ def one_row(decoder: DirectDecoder, embeds: Tensor, positions: Tensor, cache: An
     """
     library, single = active(), getattr(cache, "single", None)
     slots: Slots | None = None if library is None or single is None else single()
-    if library is None or slots is None or embeds.dtype not in _TYPES:
+    if library is None or slots is None or embeds.dtype not in _TYPES or not fits(cache, embeds):
         return None
     plain, known = _looked_at(decoder, embeds.dtype)
     if known.inner is None:
@@ -238,6 +251,13 @@ def _looked_at(decoder: DirectDecoder, dtype: torch.dtype) -> tuple[list[int], _
     return plain, known
 
 
+def fits(cache: Any, embeds: Tensor) -> bool:
+    """Whether what is written for ``embeds`` is what ``cache`` holds: a model may have been cast
+    since, and a routine in C would write behind the cache's end."""
+    keys: Tensor = cache.keys[0]
+    return keys.dtype == embeds.dtype and keys.device.type == "cpu"
+
+
 def knows(decoder: DirectDecoder, dtype: torch.dtype) -> bool:
     """Whether the routines know the shapes and types of the weights, the tokens being ``dtype``."""
     return dtype in _TYPES and _looked_at(decoder, dtype)[1].inner is not None
@@ -275,7 +295,7 @@ def times(weight: Tensor, row: Tensor) -> Tensor | None:
     if library is None or row.dtype not in _TYPES or weight.dtype != row.dtype:
         return None
     (m, n), fits = weight.shape, weight.device.type == "cpu" and weight.is_contiguous()
-    if not fits or n % _VECTOR:
+    if not fits or n % _VECTOR or row.numel() != n:
         return None
     out, room, own = torch.empty(m), torch.empty(n), row.contiguous()
     library.times(

@@ -73,7 +73,9 @@ class Routines:
         if library is None or library.rows_attend is None or several is None:
             return None
         where = several()
-        if where is None or not compiled.knows(decoder, embeds.dtype):
+        if where is None or not compiled.fits(cache, embeds):
+            return None
+        if not compiled.knows(decoder, embeds.dtype):
             return None
         return cls(decoder, embeds, turn, where, cache, library)
 
@@ -142,7 +144,7 @@ def times(weight: Tensor, columns: Tensor) -> Tensor | None:
         return None
     if weight.dtype != torch.float32 or columns.dtype != torch.float32:
         return None
-    if not weight.is_contiguous():
+    if not weight.is_contiguous() or weight.device.type != "cpu" or weight.shape[1] != n:
         return None
     x = columns.new_zeros(n, padded)
     x[:, :rows] = columns

@@ -15,6 +15,7 @@ from vpt_agent import PerceptionAgent
 from vpt_agent.agent import Question
 from vpt_agent.agent import pictures as module
 from vpt_agent.agent.pictures import WAITING, Ahead, Pictures
+from vpt_agent.engine.sampling import Sampling
 from vpt_agent.errors import ImageError, UserError
 from vpt_agent.trace import Trace
 from vpt_agent.types import View
@@ -82,10 +83,10 @@ def test_a_bounded_number_is_read_ahead() -> None:
             run.send([future.result(timeout=20)])
         assert done.value.value.views[0].sha256 == begun_of(jpeg(number))
     assert count(WAITING + 2) == WAITING + 2
-    ahead.finished()
+    ahead.finished(0)
     assert count(WAITING + 3) == WAITING + 3
     ahead.close()
-    ahead.finished()
+    ahead.finished(1)
     threads.close()
     assert len(begun) == WAITING + 3
 
@@ -112,6 +113,64 @@ def test_a_batch_answers_as_one_by_one_and_errors_are_of_their_question(workers:
             assert [v.sha256 for v in answer.views] == wanted
     assert not answers[4].views
     agent.close()
+
+
+def test_questions_that_end_before_they_ask_hold_up_nobody(tmp_path: Path) -> None:
+    agent = PerceptionAgent.from_script(["A red tag."])
+    agent.pictures.workers = 2
+    file = tmp_path / "a file"
+    file.write_text("no folder can be made in it")
+    broken = [Question("What?", jpeg(1), trace=file / "run") for _ in range(WAITING + 2)]
+    answers = agent.run_batch([*broken, *(Question("What?", jpeg(i)) for i in range(3))])
+    assert [a.status for a in answers[: len(broken)]] == ["failed"] * len(broken)
+    assert [a.text for a in answers[len(broken) :]] == ["A red tag."] * 3
+    agent.close()
+
+
+def test_pictures_go_with_the_run_that_took_them() -> None:
+    threads = Pictures(lambda _: None, workers=1)
+    ahead = Ahead(threads, [jpeg(1), jpeg(2)], most=1)
+    run = ahead.given(0)
+    (future,) = next(run).futures
+    with pytest.raises(StopIteration):
+        run.send([future.result(timeout=20)])
+    assert not ahead._futures[0].done(), "a batch does not hold all of its pictures"
+    threads.close()
+
+
+def test_a_batch_that_is_given_up_reads_no_more() -> None:
+    agent = PerceptionAgent.from_script(["A red tag."])
+    read: list[View] = []
+    agent.pictures = Pictures(read.append, workers=1)
+    total = 3 * WAITING
+    ahead = agent.pictures.ahead([jpeg(i) for i in range(total)], most=WAITING)
+    assert ahead is not None
+    sampling = Sampling()
+    runs = [
+        agent._one_of_batch(Question("What?", jpeg(i)), sampling, ahead, i) for i in range(WAITING)
+    ]
+    for run in runs:
+        next(run)
+    for run in runs:
+        run.close()
+    agent.pictures.submit(lambda _: None, None).result(timeout=20)  # what was asked for is done
+    assert len(read) <= WAITING
+    agent.close()
+
+
+def test_closing_loses_nothing_that_was_asked_for() -> None:
+    held = threading.Event()
+
+    def prepare(view: View) -> None:
+        held.wait(20)
+
+    threads = Pictures(prepare, workers=1)
+    ahead = Ahead(threads, [jpeg(1), jpeg(2)], most=2)
+    threads.close()
+    held.set()
+    for number in range(2):
+        (future,) = next(ahead.given(number)).futures
+        assert future.result(timeout=20).views
 
 
 def test_runs_of_one_trace_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

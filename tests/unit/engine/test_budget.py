@@ -194,6 +194,27 @@ def test_a_beginning_in_common_is_computed_and_stored_once(one: Kit, chunk: int)
     assert engine.counters.repeated_tokens == 0
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_chunk_may_be_one_token_of_a_picture(kit: Kit, chunk: int) -> None:
+    """It stands at its place in the picture, not where a word would."""
+    kinds = ("clip", "region")
+    engine = bounded(kit, None, measures=Measures(chunk=chunk, most=chunk))
+    stories = [kit.conversation(kind, seed) for seed, kind in enumerate(kinds)]
+    fed = engine.drive([engine.session().feed(parts) for parts in stories])
+    for parts, got in zip(stories, fed, strict=True):
+        wanted = kit.fresh().session().append(parts)
+        torch.testing.assert_close(got[-1].logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_the_last_token_of_a_shared_picture_is_computed_at_its_place(one: Kit) -> None:
+    parts = [Tokens(one.ids("<|vision_start|>")), one.look(picture(1))]
+    engine = one.fresh()
+    first, second = engine.session(), engine.session()
+    wanted = first.append(parts)
+    torch.testing.assert_close(second.append(parts), wanted, atol=1e-4, rtol=0)
+    assert second.shared_tokens == len(second) - 1
+
+
 def test_other_features_at_the_same_place_are_another_beginning(one: Kit) -> None:
     engine = one.fresh()
     sessions = []

@@ -140,6 +140,11 @@ def test_a_recorded_step_relies_on_modules_and_weights() -> None:
     hook = model.lm_head.register_forward_hook(lambda *_: None)
     assert weights_of(model) is None
     hook.remove()
+    wrapped = model.model.layers[0].mlp
+    wrapped.forward = wrapped.forward
+    assert weights_of(model) is None, "as accelerate wraps what it moves"
+    del wrapped.forward
+    assert weights_of(model) == before
     model.model.norm.weight.data = model.model.norm.weight.data.clone()
     assert weights_of(model) not in (None, before)
     moved = weights_of(model)

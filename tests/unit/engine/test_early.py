@@ -88,6 +88,23 @@ def test_what_fails_early_is_computed_when_it_is_needed(
     assert not found.reused
 
 
+def test_closing_stops_the_thread_behind_what_was_begun(engine: Engine, encoded: list[str]) -> None:
+    early = engine.features.early
+    engine.foresee([Look("dino", (view(7),))])
+    pool = early._pool
+    assert pool is not None
+    early.close()
+    (found,) = engine.look("dino", [view(7)])
+    assert found.early > 0
+    for thread in pool._threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    engine.foresee([Look("dino", (view(8),))])  # it can be used again
+    assert engine.look("dino", [view(8)])[0].early > 0
+    assert len(encoded) == 2
+    early.close()
+
+
 def test_calls_that_never_come_leave_a_bounded_number(engine: Engine, encoded: list[str]) -> None:
     for shade in range(MOST + 4):
         engine.foresee([Look("dino", (view(shade),))])

@@ -86,6 +86,12 @@ def test_any_temperature_gives_a_token(temperature: float) -> None:
     assert token == 1 or temperature > 1
 
 
+def test_a_top_k_beyond_all_bounds_is_off() -> None:
+    for seed in range(5):
+        off = Sampler(Sampling(1.0, seed=seed)).choose(LOGITS)
+        assert Sampler(Sampling(1.0, top_k=10**30, seed=seed)).choose(LOGITS).token == off.token
+
+
 def test_logits_that_are_no_numbers_are_an_error() -> None:
     for sampling in (Sampling(), Sampling(1.0, seed=0)):
         with pytest.raises(UserError, match="its logits are NaN"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,6 +177,47 @@ def test_the_trace_says_what_computed(counted: Counted) -> None:
         ways.append((answer.text, answer.trace.record().ids, answer.usage.forward_tokens))
         assert told == ([(compiled.KERNEL,)] * 2 if wanted else [(), ()])
     assert ways[0] == ways[1]
+
+
+def test_a_model_that_was_cast_writes_nothing_behind_its_cache(counted: Counted) -> None:
+    model = tiny_model(("clip",))[0].to(torch.bfloat16)
+    row = Engine(model, ImagePolicy()).session()
+    row.append([Tokens(range(40, 53))])
+    model.to(torch.float32)  # four bytes a number, where the cache has two
+    with compiled.using(), pytest.raises(RuntimeError, match="same dtype"):
+        row.append([Tokens((7,))])
+    assert counted.tokens == 0
+
+
+def test_no_row_at_all(counted: Counted) -> None:
+    model = tiny_model(("clip",))[0]
+    nothing = torch.empty(0, model.config.get_text_config().hidden_size)
+    with torch.inference_mode():
+        assert model.compute_logits(nothing).shape == (0, model.lm_head.out_features)
+    assert compiled.times(torch.randn(7, 80), torch.empty(0)) is None
+    assert compiled.times(torch.randn(7, 80), torch.randn(64)) is None
+
+
+@pytest.mark.parametrize("trouble", ["folder", "slow", "not executable"])
+def test_a_place_where_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trouble: str
+) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("cc", 120)
+
+    def refused(*_: object) -> None:
+        raise OSError("failed to map segment: Operation not permitted")
+
+    monkeypatch.setattr(compiled, "_library", None)
+    if trouble == "folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    elif trouble == "slow":
+        monkeypatch.setattr(subprocess, "run", late)
+    else:
+        monkeypatch.setattr(ctypes, "CDLL", refused)
+    with pytest.raises(MissingExtraError, match=r"cannot be compiled or loaded here.*TMPDIR"):
+        compiled.use()
+    assert compiled.active() is None
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
