@@ -74,7 +74,7 @@ def answer(
 
     way = check_decoding(decoding)
     _ready(out, drawn)
-    _one_thread(compiled, threads, device)
+    _one_thread(compiled, threads, device, dtype)
     if drawn is not None:
         check_plots()
     ours, name = _load(model, shape, force, device, dtype, weights)
@@ -117,7 +117,7 @@ def throughput(
 
     way = check_decoding(decoding)
     _ready(out)
-    _one_thread(compiled, threads, device)
+    _one_thread(compiled, threads, device, dtype)
     loaded, name = _load(model, shape, force, device, dtype, weights)
     crowd = Crowd(questions, image, new_tokens, force, repeats, threads, way, compiled, alone)
     figures = bench_throughput(loaded, crowd, shape=name, tell=_tell)
@@ -277,15 +277,16 @@ def _ready(*files: Path | None) -> None:
             )
 
 
-def _one_thread(compiled: bool, threads: int, device: str) -> None:
+def _one_thread(compiled: bool, threads: int, device: str, dtype: str) -> None:
     """Raise :class:`UserError` where the routines in C would not be used, and figures would be
     called ``compiled`` nevertheless."""
-    if compiled and (threads != 1 or not device.startswith("cpu")):
+    known = device.startswith("cpu") and dtype != "float16"
+    if compiled and (threads != 1 or not known):
         raise UserError(
-            "the routines in C compute on one CPU thread",
+            "the routines in C compute on one CPU thread, in float32 or bfloat16",
             where="--compiled",
-            got=f"--device {device} --threads {threads}",
-            fix="use --threads 1 on a CPU, or leave --compiled out",
+            got=f"--device {device} --threads {threads} --dtype {dtype}",
+            fix="use --threads 1 and such a dtype on a CPU, or leave --compiled out",
         )
 
 

@@ -87,6 +87,7 @@ def test_overlap_of_any_checkpoint(checkpoint: Path) -> None:
         (["--force", "lookup"], "random weights have no such perception kind"),
         (["--compiled", "--threads", "2"], "the routines in C compute on one CPU thread"),
         (["--compiled", "--device", "cuda"], "the routines in C compute on one CPU thread"),
+        (["--compiled", "--dtype", "float16"], "in float32 or bfloat16; where: --compiled"),
         (["--out", "no/such/folder/a.json"], "the file cannot be written; where: no/such/folder"),
         (["--out", "."], "the file cannot be written; where: .; got: a folder"),
         (["--picture", "no/such/folder/a.png"], "got: its folder does not exist"),
