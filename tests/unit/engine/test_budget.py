@@ -207,7 +207,7 @@ def test_a_chunk_may_be_one_token_of_a_picture(kit: Kit, chunk: int) -> None:
 
 
 def test_the_last_token_of_a_shared_picture_is_computed_at_its_place(one: Kit) -> None:
-    parts = [Tokens(one.ids("<|vision_start|>")), one.look(picture(1))]
+    parts: list[Part] = [Tokens(one.ids("<|vision_start|>")), one.look(picture(1))]
     engine = one.fresh()
     first, second = engine.session(), engine.session()
     wanted = first.append(parts)
