@@ -23,6 +23,7 @@ def gpu() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_step_runs_dry(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_step_that_hangs_is_stopped(gpu: ModuleType, tmp_path: Path) -> None:
     assert "took longer" in json.loads((tmp_path / "many.json").read_text())["failed"]
 
 
+@pytest.mark.slow
 def test_the_tests_that_it_names_can_be_collected(gpu: ModuleType, tmp_path: Path) -> None:
     plan = gpu.Plan(gpu.torch.device("cpu"), True)
     found = gpu.run_tests(plan, ["tests/unit/tokens/test_automaton.py"])

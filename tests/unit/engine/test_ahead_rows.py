@@ -255,6 +255,7 @@ def test_a_way_of_decoding_that_there_is_not(one: Kit) -> None:
     assert (one.engine.ahead is None) == (DEVICE == "cpu"), "a CPU's host decodes unless asked"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_step_is_one_graph_for_torch_compile(
     one: Kit, packed: bool, monkeypatch: pytest.MonkeyPatch

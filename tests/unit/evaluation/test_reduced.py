@@ -151,6 +151,7 @@ def test_a_mark_shows_close_up_and_not_at_first_sight(
     assert max(means) - min(means) < 6
 
 
+@pytest.mark.slow
 def test_the_base_is_learnt_goes_on_after_a_kill_and_is_taken(
     modules: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["global", "large"])
 def test_batches_ask_the_same_and_never_call(work: Path, view: View) -> None:
     encoder = SecondEncoder(second_tokenizer())
@@ -77,6 +78,7 @@ def test_batches_ask_the_same_and_never_call(work: Path, view: View) -> None:
     assert shown == ({"spot"} if view == "global" else {"spot", "spot_again"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["global", "large"])
 def test_questions_about_a_view_in_one_row_are_the_rows_apart(work: Path, view: View) -> None:
     encoder, pool = SecondEncoder(second_tokenizer()), DomainPool(work / "pool")
