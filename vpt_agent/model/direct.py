@@ -184,7 +184,7 @@ class DirectDecoder:
             return onerow.one_row(self, embeds, positions, cache)
         if somerows.takes(embeds) and self.plain_layers:
             return somerows.some_rows(self, embeds, positions, mask, cache)
-        cos, sin = self._angles(positions, embeds.dtype)
+        cos, sin = self.angles(positions, embeds.dtype)
         if mask is not None and embeds.shape[1] > 1:
             mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)  # [B, 1, G * L, S]
             if mask.device.type == "cpu":  # once, and not by each layer's attention
@@ -206,7 +206,7 @@ class DirectDecoder:
         normed = functional.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
         return weight * normed.to(x.dtype)
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, L, 1, d / 2] of the rotary positions (M-RoPE)."""
         speed = self.text.rotary_emb.inv_freq.float()  # a model that was cast has it in its type
         if positions.shape[2] == 1:  # text: its three positions are one

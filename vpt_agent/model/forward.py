@@ -57,12 +57,14 @@ def run_forward(
     control: str,
     passes: str = "two",
     masking: MaskRule | None = None,
+    scored: Tensor | None = None,
 ) -> Forward:
     """Run all passes for ``inputs``; ``control`` is ``published`` or ``causal``.
 
     ``passes`` ``one`` computes no position twice (rows padded on the left go the ordinary way),
     ``full`` runs every pass over everything, as the release does: to measure against. ``masking``
-    stands in for the config's masks.
+    stands in for the config's masks. The loss of ``scored`` labels [B, L] reads the states
+    before them, and nobody any other: with ``passes`` ``one`` not all of those are computed.
     """
     if control not in ("published", "causal"):
         raise UserError("no such control rule", got=control, expected="published or causal")
@@ -89,13 +91,16 @@ def run_forward(
     rule = masking or MaskRule(config.para_mask_id, config.para_mask_ratio)
     run = _Run(model, inputs, positions, plan, features, rule)
     current = run.place(embeds, plan.places, [features[p.kind][p.picture] for p in plan.places])
+    one = passes == "one" and _padded_right(inputs.mask) and not _slides(model)
     if not plan.calls:
         final = torch.cat(run.placed) if run.placed else None
+        if one and scored is not None:
+            return Forward(run.without_calls(current, scored), None, final)
         if passes == "full" and two_pass:
             run.pass_over(current)
         return Forward(run.pass_over(current), None, final)
-    if passes == "one" and _padded_right(inputs.mask) and not _slides(model):
-        return run.in_one_pass(current, control)
+    if one:
+        return run.in_one_pass(current, control, scored)
     return run.with_controls(current, control, whole=passes == "full")
 
 
@@ -148,7 +153,13 @@ class _Run:
         final = torch.cat(self.placed) if self.placed else None
         return Forward(self.pass_over(_blanked(current, zeroed), shut), stacked, final)
 
-    def in_one_pass(self, current: Tensor, control: str) -> Forward:
+    def without_calls(self, current: Tensor, scored: Tensor) -> Tensor:
+        """Hidden states [B, L, D] of rows without calls, where they are ``scored``."""
+        blocks = Blocks(self.model, self.positions, _read(scored, ()))
+        blocks.whole(current, dict(enumerate(self._ends())))
+        return blocks.hidden(*self.inputs.ids.shape)
+
+    def in_one_pass(self, current: Tensor, control: str, scored: Tensor | None = None) -> Forward:
         """As :meth:`with_controls`, each position computed once where that is the same function."""
         points = [(c.row, at) for c in self.plan.calls for at in c.controls]  # row by row
         by_row: dict[int, list[int]] = {}
@@ -156,7 +167,8 @@ class _Run:
             by_row.setdefault(row, []).append(at)
         by_row = {row: sorted(found) for row, found in by_row.items()}
         states: dict[tuple[int, int], Tensor] = {}
-        blocks = Blocks(self.model, self.positions)
+        wanted = None if scored is None else _read(scored, points)
+        blocks = Blocks(self.model, self.positions, wanted)
         pasts: dict[int, list[Past]] = {row: [] for row in by_row}
         for group in _rounds(points, control):
             stretches = {row: (0, by_row[row][-1]) for row, _ in group}
@@ -187,10 +199,7 @@ class _Run:
         shut: Mapping[int, tuple[int, int]],
     ) -> None:
         """The scored pass: rows go on from their past; plain and blanked rows run whole."""
-        rows, length = self.inputs.ids.shape
-        ends = [length] * rows
-        if self.inputs.mask is not None:
-            ends = [int(n) for n in self.inputs.mask.sum(1).tolist()]
+        ends, rows = self._ends(), len(self.inputs.ids)
         blanked = set() if zeroed is None else set(zeroed.any(1).nonzero().flatten().tolist())
         whole = {r: ends[r] for r in range(rows) if r not in by_row or r in blanked}
         if whole:
@@ -207,6 +216,12 @@ class _Run:
             groups.setdefault(id(past), (past, {}))[1][row] = (first, ends[row])
         for past, stretches in groups.values():
             blocks.run(current, stretches, past, shut)
+
+    def _ends(self) -> list[int]:
+        """Each row's length without its padding."""
+        if self.inputs.mask is None:
+            return [self.inputs.ids.shape[1]] * len(self.inputs.ids)
+        return [int(n) for n in self.inputs.mask.sum(1).tolist()]
 
     def _with_states(
         self,
@@ -274,6 +289,16 @@ class _Run:
             draw=rule.draw,
         )
         return zeroed, {}
+
+
+def _read(labels: Tensor, points: Sequence[tuple[int, int]]) -> Tensor:
+    """Positions whose states are read, bool [B, L] on the CPU: before a label, before a control."""
+    known = labels.cpu() != -100
+    read = torch.zeros_like(known)
+    read[:, :-1] = known[:, 1:]
+    for row, at in points:
+        read[row, at - 1] = True
+    return read
 
 
 def _blanked(current: Tensor, zeroed: Tensor | None) -> Tensor:

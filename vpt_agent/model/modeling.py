@@ -304,7 +304,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         text = self.config.text_config
         embeds, levels = split(inputs_embeds, text.hidden_size)
         if isinstance(past_key_values, ExplicitCache) and not levels:
-            direct = self._direct_decoder()
+            direct = self.direct_decoder()
             if direct is not None:
                 return direct(embeds, position_ids, attention_mask, past_key_values)
         mask: Any = attention_mask
@@ -332,9 +332,9 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _direct_decoder(self) -> DirectDecoder | None:
+    def direct_decoder(self, *, gradients: bool = False) -> DirectDecoder | None:
         """The pass written out, where it computes the same; None where transformers must."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not gradients:
             return None
         if self._direct[0] is not self.model:
             self._direct = self.model, DirectDecoder.of(self.model)
@@ -409,7 +409,8 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
         inputs = Inputs(ids, attention_mask, position_ids, pixel_values, image_grid_thw, looks,
                         picture_keys or {}, memory)  # fmt: skip
         control = control or self.config.control
-        output = run_forward(self, inputs, control=control, passes=passes, masking=masking)
+        output = run_forward(self, inputs, control=control, passes=passes, masking=masking,
+                             scored=labels if labelled_only else None)  # fmt: skip
         if labelled_only:
             return self._labelled(output, labels)
         hidden = output.hidden[:, -logits_to_keep:] if logits_to_keep else output.hidden

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpt_agent.model.attention import ready_mask
 from vpt_agent.model.deepstack import split
+from vpt_agent.model.lastlayer import asked, last_layer, narrows
 
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
@@ -57,11 +58,14 @@ class _Piece:
 class Blocks:
     """Runs stretches of a batch's rows through the language model and collects what comes out.
 
-    ``positions`` [3, B, L]. ``hidden`` gives the final-norm states of all stretches that were kept.
+    ``positions`` [3, B, L]. ``hidden`` gives the final-norm states of all stretches that were kept,
+    or of ``wanted`` positions (bool [B, L], on the CPU) at least.
     """
 
-    def __init__(self, model: VPTForConditionalGeneration, positions: Tensor) -> None:
-        self.model, self.positions = model, positions
+    def __init__(
+        self, model: VPTForConditionalGeneration, positions: Tensor, wanted: Tensor | None = None
+    ) -> None:
+        self.model, self.positions, self.wanted = model, positions, wanted
         self._pieces: list[_Piece] = []
 
     def run(
@@ -84,7 +88,7 @@ class Blocks:
             past = past.select(rows)
             mask = _visible(past.at, at, stretches, hidden_keys or {}).to(embeds.device)
         known = None if past is None else past.layers
-        states, layers = run_block(self.model, block, places, mask, known)
+        states, layers = run_block(self.model, block, places, mask, known, self._wanted(rows, at))
         joined = at if past is None else torch.cat([past.at, at], dim=1)
         self._pieces.append(_Piece(rows, at, states))
         return states, Past(rows, layers, joined)
@@ -95,8 +99,19 @@ class Blocks:
         at = _places([(0, end) for end in lengths.values()])
         block, places = self._take(embeds, rows, at)
         # Padding stands on the right, where a causal mask hides it.
-        states = self.model.run_language_model(block, places)
+        wanted = self._wanted(rows, at)
+        if wanted is None:
+            states = self.model.run_language_model(block, places)
+        else:
+            states, _ = run_block(self.model, block, places, None, None, wanted)
         self._pieces.append(_Piece(rows, at, states))
+
+    def _wanted(self, rows: Sequence[int], at: Tensor) -> Tensor | None:
+        """Which states [R, Q] of positions ``at`` of ``rows`` are read; None: all."""
+        if self.wanted is None:
+            return None
+        index = torch.tensor(rows)[:, None]
+        return self.wanted[index, at.clamp(min=0)] & (at >= 0)
 
     def _take(self, embeds: Tensor, rows: Sequence[int], at: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [R, Q, W] and position ids [3, R, Q] at ``at`` of ``rows``."""
@@ -175,21 +190,27 @@ def run_block(
     positions: Tensor,
     mask: Tensor | None,
     past: Layers | None,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Layers]:
     """Final-norm states [R, Q, D] of ``embeds`` [R, Q, W], and keys and values with the new ones.
 
     ``positions`` [3, R, Q]; ``mask`` bool [R, 1, Q, S + Q] (None: plain causal, no past). Gradients
-    flow into ``past``. Gradient checkpointing is obeyed, layer by layer.
+    flow into ``past``. Gradient checkpointing is obeyed, layer by layer. States that
+    are not ``wanted`` (bool [R, Q], on the CPU) may be zero.
     """
     text = model.model
     embeds, levels = split(embeds, model.config.text_config.hidden_size)
     mask = ready_mask(mask, embeds, text.config._attn_implementation)
     rotary = text.rotary_emb(embeds, positions)
     hidden, layers = embeds, []
+    columns = None if wanted is None or not narrows(model, len(levels)) else asked(wanted)
     for i, layer in enumerate(text.layers):
         step = _layer_step(layer, mask, rotary)
         known = () if past is None else past[i]
-        if layer.gradient_checkpointing and layer.training:
+        if columns is not None and i + 1 == len(text.layers):
+            joined = known or None
+            hidden, key, value = last_layer(model, hidden, positions, rotary, mask, joined, columns)
+        elif layer.gradient_checkpointing and layer.training:
             hidden, key, value = checkpoint(step, hidden, *known, use_reentrant=False)
         else:
             hidden, key, value = step(hidden, *known)

@@ -63,7 +63,7 @@ def pack_for_steps(model: Any) -> bool:
     unless they lie so already; whether they do now. Models whose layers are not plain (quantised,
     adapted, of another family) are left alone."""
     with torch.no_grad():
-        decoder: DirectDecoder | None = model._direct_decoder()
+        decoder: DirectDecoder | None = model.direct_decoder()
     if decoder is None or not decoder.plain_layers:
         return False
     known = decoder.packed.get("steps")
@@ -75,7 +75,7 @@ def pack_for_steps(model: Any) -> bool:
 def forget_if_moved(model: Any) -> None:
     """Let go of weights that lay together and are no longer ``model``'s own: it was moved since."""
     with torch.no_grad():
-        decoder: DirectDecoder | None = model._direct_decoder()
+        decoder: DirectDecoder | None = model.direct_decoder()
     if decoder is not None and "steps" in decoder.packed and not decoder.packed["steps"].current():
         del decoder.packed["steps"]
 

@@ -1,7 +1,7 @@
 """Step time: one pass where one is enough, beside two full passes, in turn in one process.
 
-The machine may be busy with other things, so only the ratio of medians over steps taken in turn
-counts. A step is forward, backward and AdamW, towers frozen, on ready batches.
+The machine may be busy with other things, so only the ratio over steps taken in turn counts, of CPU
+time with one thread. A step is forward, backward and AdamW, towers frozen, on ready batches.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def bench(
                 with TemporaryDirectory() as folder:
                     batches, padding = mixture(processor, Path(folder), rows=rows)
                 say(f"{len(batches)} batches of {rows} rows, padding {padding:.1%}")
-            measured.append(_measure(model, batches, setting, repeats))
+            clock = time.process_time if threads == 1 else time.perf_counter
+            measured.append(_measure(model, batches, setting, repeats, clock))
             say(f"{setting.name}: ratio {measured[-1]['ratio']:.2f}")
     finally:
         torch.set_num_threads(before)
@@ -104,6 +105,7 @@ def bench(
         "rows": rows,
         "repeats": repeats,
         "threads": threads,
+        "time": "CPU" if threads == 1 else "wall",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
@@ -147,9 +149,12 @@ def mixture(
 ) -> tuple[list[Batch], float]:
     """Batches as training makes them from rows in the shares of ``SHARES``; share of padding.
 
-    Pictures and wording are made up: their sizes vary as the scenes' do. Each window has 40 rows.
+    Pictures and wording are made up: their sizes vary as the scenes' do. A window, in which rows of
+    like length meet, has as many batches as in training by default.
     """
-    collator: Collator = make_collator(_config(rows), processor)
+    config = _config(rows)
+    collator: Collator = make_collator(config, processor)
+    room = config.data.window * rows
     chance = np.random.default_rng(0)
     known = {kind.name: kind for kind in processor.table.kinds}
     shares = {name: share for name, share in SHARES.items() if not name or name in known}
@@ -158,7 +163,7 @@ def mixture(
     for _ in range(windows):
         items: list[Item] = []
         for name, share in shares.items():
-            for number in range(round(40 * share / sum(shares.values()))):
+            for number in range(round(room * share / sum(shares.values()))):
                 data = _row(chance, folder, f"{name}{number}", known.get(name), processor.table)
                 item = collator.item(read_row(data), folder)
                 assert item is not None
@@ -207,6 +212,7 @@ def _measure(
     batches: Sequence[Batch],
     setting: Setting,
     repeats: int,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=0.0)  # the same weights for both, all along
@@ -225,12 +231,12 @@ def _measure(
             for name in names if (repeat + number) % 2 else reversed(names):
                 torch.manual_seed(1000 * repeat + number)  # the same masks for both
                 inputs = {k: v for k, v in batch.items() if k != "rows"}
-                begun = time.perf_counter()
+                begun = clock()
                 loss = model(**(inputs | procedures[name]), masking=setting.rule).loss
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                total[name] += time.perf_counter() - begun
+                total[name] += clock() - begun
                 losses.append(float(loss.detach()))
             apart = max(apart, abs(losses[0] - losses[1]))
         if repeat:

@@ -275,7 +275,7 @@ def test_the_step_is_one_graph_for_torch_compile(
         assert pack_for_steps(one.model)
     told = tell(engine_of(one, "compiled-device"), one, *runs)
     with torch.no_grad():
-        one.model._direct_decoder().packed.clear()
+        one.model.direct_decoder().packed.clear()
     for ours, run in zip(told, runs, strict=True):
         (alone,) = tell(engine_of(one, "host"), one, run)
         assert_same(ours, alone)
@@ -295,6 +295,6 @@ def test_layers_as_a_gpu_computes_them_choose_the_same(kit: Kit) -> None:
         device = compare(kit, *runs)
     finally:
         with torch.no_grad():
-            kit.model._direct_decoder().packed.clear()
+            kit.model.direct_decoder().packed.clear()
     assert device.ahead is not None
     assert device.ahead.counters.tokens > 40

@@ -191,7 +191,7 @@ def test_weights_that_lie_together_give_the_same(base: str, dtype: torch.dtype) 
     assert all(p is own[name] for name, p in model.named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     # Once is enough, until somebody moves them.
-    whole = model._direct_decoder
+    whole = model.direct_decoder
     with torch.no_grad():
         lying = whole().packed["steps"]
         assert pack_for_steps(model)

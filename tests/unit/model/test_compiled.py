@@ -100,9 +100,9 @@ def test_a_cast_model_turns_far_tokens_as_transformers_does() -> None:
     model = tiny_model(("clip",))[0].to(torch.bfloat16)
     at = torch.full((3, 1, 2), 301)
     with torch.inference_mode():
-        direct = model._direct_decoder()
+        direct = model.direct_decoder()
         assert direct is not None
-        cos, _ = direct._angles(at, torch.float32)
+        cos, _ = direct.angles(at, torch.float32)
         wanted = model.model.rotary_emb(torch.zeros(1, 2, 1), at)[0]
     wanted = wanted.reshape(-1, 2, wanted.shape[-1])[0, :, : cos.shape[-1]]
     assert torch.allclose(cos[0, :, 0], wanted, atol=1e-6)

@@ -16,7 +16,7 @@ from vpt_agent.engine.core import Engine
 from vpt_agent.engine.parts import Tokens
 from vpt_agent.model import VPTForConditionalGeneration
 from vpt_agent.model.direct import DirectDecoder, times
-from vpt_agent.model.patchconv import PatchProduct, patches_as_products
+from vpt_agent.model.patchconv import FEW, PatchProduct, patches_as_products
 from vpt_agent.model.testing import tiny_model
 from vpt_agent.vision.policy import ImagePolicy
 
@@ -24,9 +24,9 @@ from vpt_agent.vision.policy import ImagePolicy
 @contextmanager
 def ordinary(model: VPTForConditionalGeneration) -> Iterator[None]:
     """Inside, transformers computes."""
-    model._direct_decoder = lambda: None  # type: ignore[method-assign]
+    model.direct_decoder = lambda: None  # type: ignore[method-assign]
     yield
-    del model._direct_decoder
+    del model.direct_decoder
 
 
 def conversation(model: VPTForConditionalGeneration) -> Tensor:
@@ -98,7 +98,7 @@ def test_large_values_in_float16_stay_numbers() -> None:
     row = cache.allocate()
     embeds = torch.full((1, 1, model.config.text_config.hidden_size), 3e4, dtype=torch.float16)
     with torch.inference_mode():
-        assert model._direct_decoder() is not None
+        assert model.direct_decoder() is not None
         mask = cache.begin([row], [1])
         hidden = model.run_language_model(embeds, torch.zeros(3, 1, 1).long(), mask, cache)
     assert hidden.isfinite().all()
@@ -107,13 +107,13 @@ def test_large_values_in_float16_stay_numbers() -> None:
 def test_what_was_changed_is_computed_by_transformers() -> None:
     model = tiny_model(("clip",))[0]
     with torch.inference_mode():
-        assert model._direct_decoder() is not None
-    assert model._direct_decoder() is None  # gradients may be wanted
+        assert model.direct_decoder() is not None
+    assert model.direct_decoder() is None  # gradients may be wanted
     with torch.inference_mode():
         handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-        assert model._direct_decoder() is None
+        assert model.direct_decoder() is None
         handle.remove()
-        assert model._direct_decoder() is not None
+        assert model.direct_decoder() is not None
 
         class Doubled(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_what_was_changed_is_computed_by_transformers() -> None:
         new = Doubled(old.in_features, old.out_features, bias=False)
         new.load_state_dict(old.state_dict())
         model.model.layers[0].mlp.up_proj = new
-        assert model._direct_decoder() is None
+        assert model.direct_decoder() is None
         assert (conversation(model) - before).abs().max() > 1e-3
 
 
@@ -166,7 +166,15 @@ def test_patches_as_products_are_the_convolution() -> None:
     assert type(proj) is PatchProduct
     patches = torch.randn(5, 3, 2, 14, 14)
     wanted = nn.functional.conv3d(patches, proj.weight, stride=(2, 14, 14))
-    assert torch.equal(proj(patches), wanted)  # the convolution itself, for training
+    assert torch.equal(proj(patches), wanted)  # the convolution itself, for so few
+    many = torch.randn(FEW, 3, 2, 14, 14)
+    grads = []
+    for way in (proj, lambda x: nn.functional.conv3d(x, proj.weight, stride=(2, 14, 14))):
+        proj.weight.grad = None
+        way(many).square().sum().backward()
+        grads.append(proj.weight.grad)
+    assert torch.equal(proj(many).flatten(1), many.flatten(1) @ proj.weight.flatten(1).T)
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-3)
     larger = torch.randn(1, 3, 2, 28, 28)  # several patches: a convolution again
     with torch.inference_mode():
         flat = nn.functional.linear(patches.flatten(1), proj.weight.flatten(1))
