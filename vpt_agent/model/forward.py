@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vpt_agent.model.deepstack import put, put_at
 from vpt_agent.model.masking import MaskRule, hidden_stretches, zeroed_positions
 from vpt_agent.model.matching import Place, Plan, make_plan, picture_places
 from vpt_agent.model.memory import FeatureMemory, check_keys, encode_once, pictures_of
-from vpt_agent.model.onepass import Blocks, Past
+from vpt_agent.model.onepass import Blocks, Past, begin_run
 
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
@@ -50,6 +50,16 @@ class Forward:
     features: Tensor | None
 
 
+class RunWatcher(Protocol):
+    """Is told before each run of the language model in a forward, and when there are no more."""
+
+    def begin(self) -> None:
+        """A run begins."""
+
+    def end(self, hidden: Tensor) -> Tensor:
+        """The states [B, L, D] that the forward gives; what it is to give in their place."""
+
+
 def run_forward(
     model: VPTForConditionalGeneration,
     inputs: Inputs,
@@ -66,6 +76,20 @@ def run_forward(
     stands in for the config's masks. The loss of ``scored`` labels [B, L] reads the states
     before them, and nobody any other: with ``passes`` ``one`` not all of those are computed.
     """
+    output = _run_passes(model, inputs, control, passes, masking, scored)
+    if model.runs is None:
+        return output
+    return replace(output, hidden=model.runs.end(output.hidden))
+
+
+def _run_passes(
+    model: VPTForConditionalGeneration,
+    inputs: Inputs,
+    control: str,
+    passes: str,
+    masking: MaskRule | None,
+    scored: Tensor | None,
+) -> Forward:
     if control not in ("published", "causal"):
         raise UserError("no such control rule", got=control, expected="published or causal")
     if passes not in ("one", "two", "full"):
@@ -125,6 +149,7 @@ class _Run:
 
         ``hidden``: keys (first, end) by row that its positions from ``end`` on do not see.
         """
+        begin_run(self.model)
         n = embeds.shape[1]
         mask = None if self.inputs.mask is None else self.inputs.mask[:, :n]
         if hidden:

@@ -43,7 +43,7 @@ from vpt_agent.model.encoders import (
     run_encoder,
     stack_segments,
 )
-from vpt_agent.model.forward import Forward, Inputs, run_forward
+from vpt_agent.model.forward import Forward, Inputs, RunWatcher, run_forward
 from vpt_agent.model.fresh import FromScratch
 from vpt_agent.model.masking import MaskRule
 from vpt_agent.model.memory import FeatureMemory
@@ -70,8 +70,7 @@ class VPTOutput(ModelOutput):
 class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     """The VPT model. Use it through :class:`vpt_agent.PerceptionAgent`, or train its ``forward``.
 
-    The methods below ``forward`` are what an engine builds a run from; they have no gradient
-    control and no state.
+    The methods below ``forward`` are what an engine builds a run from, without gradients and state.
     """
 
     config_class = VPTConfig
@@ -79,6 +78,7 @@ class VPTForConditionalGeneration(Qwen2VLPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = False  # the loss is the mean over one batch's labels, as published
     steps_on_device = True  # its passes decide nothing by values: an engine can record them
+    runs: RunWatcher | None = None  # is told of the runs of a forward (sharded weights)
 
     def __init__(self, config: VPTConfig) -> None:
         super().__init__(config)

@@ -27,6 +27,12 @@ Layers = tuple[tuple[Tensor, Tensor], ...]
 Stretch = tuple[int, int]
 
 
+def begin_run(model: VPTForConditionalGeneration) -> None:
+    """Say that a run of the language model begins, where somebody asked to be told."""
+    if model.runs is not None:
+        model.runs.begin()
+
+
 @dataclass(frozen=True)
 class Past:
     """Keys and values [R, heads, S, d] by layer; ``at`` [R, S]: their positions, -1 for padding (on
@@ -80,6 +86,7 @@ class Blocks:
         A row sees of its past what stands before its stretch, without ``hidden_keys``. Returns the
         states [R, Q, D], each row's from its first on, and the past with the stretch added.
         """
+        begin_run(self.model)
         rows = tuple(stretches)
         at = _places(stretches.values())
         block, places = self._take(embeds, rows, at)
@@ -95,6 +102,7 @@ class Blocks:
 
     def whole(self, embeds: Tensor, lengths: Mapping[int, int]) -> None:
         """Run the first ``lengths`` positions of rows of ``embeds`` [B, L, W] afresh."""
+        begin_run(self.model)
         rows = tuple(lengths)
         at = _places([(0, end) for end in lengths.values()])
         block, places = self._take(embeds, rows, at)

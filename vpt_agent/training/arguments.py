@@ -72,6 +72,12 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
             got=f"{made.n_gpu} GPUs",
             fix="start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES=0",
         )
+    if made.fsdp and world == 1:
+        raise UserError(
+            "one process has nobody to share weights with",
+            where="trainer.fsdp",
+            fix="start several with torchrun --nproc-per-node N, or train without fsdp",
+        )
     return made
 
 

@@ -108,6 +108,7 @@ def train(
     learning = [p.numel() for p in model.parameters() if p.requires_grad]
     say(f"{sum(learning):,} parameters in {len(learning)} tensors learn")
     trainer = make_trainer(config, model, processor, latest=latest, callbacks=callbacks, say=say)
+    _require_right_sharding(trainer, config, lora=tuner is not None, say=say)
     _run_steps(trainer, latest)
     figures = _finish(trainer, tuner, processor, config, say)
     metrics = _evaluated(trainer, config)
@@ -120,6 +121,20 @@ def train(
         metrics,
         _answered(trainer, config, processor, say=say, tools=tools),
     )
+
+
+def _require_right_sharding(
+    trainer: VPTTrainer, config: TrainConfig, *, lora: bool, say: Say
+) -> None:
+    """Refuse what sharded weights cannot do before the first step; say where none are."""
+    if lora and trainer.sharded:
+        raise UserError(
+            "LoRA cannot be merged into sharded weights",
+            where=config.out,
+            fix="train LoRA without fsdp and deepspeed",
+        )
+    if trainer.args.fsdp and not trainer.sharded:
+        say("trainer.fsdp has no effect here: accelerate shards across several accelerators only")
 
 
 def _run_steps(trainer: VPTTrainer, latest: Path | None) -> None:
@@ -139,12 +154,6 @@ def _finish(
     trainer: VPTTrainer, tuner: Any, processor: VPTProcessor, config: TrainConfig, say: Say
 ) -> Figures:
     """Save the finished checkpoint. First of all: what follows may fail, and can be made up."""
-    if tuner is not None and trainer.sharded:
-        raise UserError(
-            "LoRA cannot be merged into sharded weights",
-            where=config.out,
-            fix="train LoRA without fsdp and deepspeed",
-        )
     totals, state = trainer.totals(), trainer.full_state()
     say(f"padding: {totals.padding:.1%} of {totals.tokens['all']:,} tokens; "
         f"rows: {dict(totals.rows)}")  # fmt: skip

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from vpt_agent.training.collate import Batch
 from vpt_agent.training.folder import prune
 from vpt_agent.training.logs import MetricsFile, write_whole
 from vpt_agent.training.metrics import ClassAccuracy
+from vpt_agent.training.sharded import EqualRuns, shard_layers
 from vpt_agent.training.stream import Batches, Cursor, Fixed
 
 STATE = "data_state-{rank}.json"
@@ -80,6 +81,7 @@ class VPTTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        shard_layers(model)  # before accelerate reads it
         super().__init__(
             model=model,
             args=args,
@@ -103,7 +105,10 @@ class VPTTrainer(Trainer):
         self.kinds: Counter[str] = Counter()
         self._losses: list[float] = []
         self._rate = 0.0
-        model.register_forward_hook(_reach_parameters)
+        if self.is_fsdp_enabled:
+            cast(Any, model).runs = EqualRuns(model)
+        else:
+            model.register_forward_hook(_reach_parameters)
         self.remove_callback(PrinterCallback)  # standard output is for results
         self.add_callback(_Steps(self, say))
 
