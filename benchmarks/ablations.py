@@ -143,7 +143,7 @@ def config_of(run: Run, folder: Path, rows: Path, args: argparse.Namespace) -> A
                 "draw": "row",
             },
             "optim": {
-                "learning_rate": 1e-3,
+                "learning_rate": args.rate,
                 "weight_decay": 0.05,
                 "betas": [0.9, 0.98],
                 "warmup": 0.05,
@@ -357,7 +357,7 @@ def collect(args: argparse.Namespace, failed: Mapping[str, str]) -> dict[str, An
     return {
         "benchmark": "ablations",
         "about": f"A reduced domain (benchmarks/reduced.py): {args.steps} steps of {args.rows} "
-        f"rows for every run, at most {args.minutes:g} CPU minutes each; measured on {args.unseen} "
+        f"rows at a rate of {args.rate:g} for every run, at most {args.minutes:g} CPU minutes each; measured on {args.unseen} "
         "unseen scenes. What holds here need not hold at full size.",
         "machine": machine(),
         "groups": told,
@@ -371,6 +371,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"JSON of all figures ({OUT.name})")
     parser.add_argument("--minutes", type=float, default=30, help="CPU minutes of a run, at most")
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes")
     parser.add_argument("--base-steps", type=int, default=2700, help="of the model all begin with")
