@@ -357,8 +357,9 @@ def collect(args: argparse.Namespace, failed: Mapping[str, str]) -> dict[str, An
     return {
         "benchmark": "ablations",
         "about": f"A reduced domain (benchmarks/reduced.py): {args.steps} steps of {args.rows} "
-        f"rows at a rate of {args.rate:g} for every run, at most {args.minutes:g} CPU minutes each; measured on {args.unseen} "
-        "unseen scenes. What holds here need not hold at full size.",
+        f"rows at a rate of {args.rate:g} for every run, at most {args.minutes:g} CPU minutes "
+        f"each; measured on {args.unseen} unseen scenes. What holds here need not hold at full "
+        "size.",
         "machine": machine(),
         "groups": told,
     }
