@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,8 +43,11 @@ def load_agent(
     dtype: str,
     progress: Progress,
     tools: Sequence[PerceptionTool] = (),
+    **speed: Any,
 ) -> PerceptionAgent:
     """Load the agent, with ``tools`` beside the installed ones. Tests replace this function.
+
+    ``speed``: ``compiled``, ``decoding`` and ``weights`` of ``PerceptionAgent.from_pretrained``.
 
     What transformers cannot find or read is an OSError there, and bad input here.
     """
@@ -57,7 +60,7 @@ def load_agent(
         logging.disable_progress_bar()
     try:
         return PerceptionAgent.from_pretrained(
-            model, device=device, dtype=dtype, tools=tools, progress=progress
+            model, device=device, dtype=dtype, tools=tools, progress=progress, **speed
         )
     except OSError as error:
         raise CheckpointError(
@@ -184,6 +187,16 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="own, or of the language layers: int8, float8 (extra int8).")
+    ] = "own",
+    decoding: Annotated[
+        str, typer.Option(help="Who chooses tokens: host, device, compiled-device, or auto.")
+    ] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled", help="With routines in C (one CPU thread)."),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens the model may write.")
@@ -200,7 +213,16 @@ def ask(
     limits = Limits(new_tokens=max_new_tokens)
     tools = named_tools(tool or [])
     with progress("loading the model") as update:
-        agent = load_agent(model, device=device, dtype=dtype, progress=update, tools=tools)
+        agent = load_agent(
+            model,
+            device=device,
+            dtype=dtype,
+            progress=update,
+            tools=tools,
+            weights=weights,
+            decoding=decoding,
+            compiled=compiled,
+        )
         try:
             mount(agent, mcp, update)
             update("looking")

@@ -289,3 +289,20 @@ def test_the_model_that_ships_calls_a_mounted_tool(tmp_path: Path) -> None:
     assert "call: crop_region" in result.stderr
     events = (trace / "events.jsonl").read_text(encoding="utf-8")
     assert '"negative": true' in events or '"negative":true' in events
+
+
+def test_how_fast_it_is_goes_to_loading(agent: FakeAgent, picture: str) -> None:
+    options = ["--weights", "int8", "--decoding", "host", "--compiled"]
+    result = run(picture, "What?", *options)
+    assert result.exit_code == 0, result.stderr
+    assert agent.loaded["weights"] == "int8"
+    assert agent.loaded["decoding"] == "host"
+    assert agent.loaded["compiled"] is True
+
+
+@pytest.mark.parametrize(("option", "value"), [("--weights", "int3"), ("--decoding", "sideways")])
+def test_what_no_model_can_do_is_bad_input(option: str, value: str, picture: str) -> None:
+    result = run(picture, "What?", option, value)
+    assert result.exit_code == 2
+    assert value in result.stderr
+    assert "Traceback" not in result.stderr
