@@ -55,6 +55,10 @@ def load_agent(
 
     from vpt_agent.agent import PerceptionAgent
 
+    if speed.get("compiled"):
+        import torch
+
+        torch.set_num_threads(1)  # the routines serve one
     if model is None or not sys.stderr.isatty():
         # The bars of transformers are for people who wait for a large model.
         logging.disable_progress_bar()

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,11 +81,18 @@ _wanted = False
 def use(wanted: bool = True) -> None:
     """Compute with the compiled routines from now on, in this process, or no longer.
 
-    Without a C compiler a :class:`MissingExtraError`.
+    Without a C compiler a :class:`MissingExtraError`. They serve one CPU thread: where torch has
+    several, a warning says so, and they wait for ``torch.set_num_threads(1)``.
     """
     global _library, _wanted
     if wanted and _library is None:
         _library = _built()
+    if wanted and torch.get_num_threads() > 1:
+        warnings.warn(
+            "the compiled routines serve one CPU thread, and torch has "
+            f"{torch.get_num_threads()}: they are used after torch.set_num_threads(1)",
+            stacklevel=3,
+        )
     _wanted = wanted
 
 
@@ -158,6 +166,7 @@ def _compiler() -> list[str]:
             return [found, *command[1:]]
     raise MissingExtraError(
         "there is no C compiler",
+        where="PATH" if not named else "CC",
         got=" ".join(named) or "neither cc nor gcc nor clang",
         fix="install gcc or clang, or leave out compiled=True",
     )

@@ -236,3 +236,15 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with compiled.using():
         assert compiled.active() is not None
     assert compiled.active() is None
+
+
+def test_several_threads_are_warned_of() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.warns(UserWarning, match=r"one CPU thread, and torch has 2"):
+            compiled.use()
+        assert compiled.active() is None
+    finally:
+        compiled.use(False)
+        torch.set_num_threads(before)
