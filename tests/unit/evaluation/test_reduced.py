@@ -91,7 +91,7 @@ def test_the_queue_begins_with_what_decides(modules: tuple[ModuleType, ModuleTyp
     _, ablations = modules
     queue = ablations.queue()
     every = {run for group in ablations.groups() for _, run in group["runs"]}
-    assert len(queue) == len(every) == 20
+    assert len(queue) == len(every) == 27
     assert set(queue) == every
     first = queue[:12]
     for seed in (0, 1, 2):
