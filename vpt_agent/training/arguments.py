@@ -72,6 +72,14 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
             got=f"{made.n_gpu} GPUs",
             fix="start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES=0",
         )
+    sharding: Any = made.fsdp_config or {}
+    if made.fsdp and sharding.get("activation_checkpointing"):
+        # It runs a layer again with the keys and values that the first time has left.
+        raise UserError(
+            "FSDP's own checkpointing cannot run a layer that goes on from earlier keys",
+            where="trainer.fsdp_config.activation_checkpointing",
+            fix="leave it out, and set gradient_checkpointing: true",
+        )
     if made.fsdp and world == 1:
         raise UserError(
             "one process has nobody to share weights with",

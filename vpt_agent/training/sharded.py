@@ -4,8 +4,8 @@ A process that runs a sharded layer gathers its weights from all others, which s
 But batches differ: a row without a call takes one run, one with two calls three. So a process says
 so before each run, and one that is done with its own answers each of the others with a run of
 the layers over one position, which adds nothing to the loss, until all are done. What is no layer
-of the language model (towers, projectors, embeddings) is gathered once a forward, as one part, and
-reached by the loss whether rows use it or not.
+of the language model (towers, projectors, embeddings) is gathered once a forward, and the loss
+reaches it whether rows use it or not.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ def shard_layers(model: Any) -> None:
 
 
 class EqualRuns:
-    """The watcher of a VPTForConditionalGeneration's runs in training, before it is wrapped.
+    """The watcher of a VPTForConditionalGeneration's runs, made before it is wrapped.
 
+    It watches evaluation, too, whose rows are the same in all processes: their masks need not be.
     ``made_up`` counts the runs that stood in for another process's.
     """
 
@@ -36,20 +37,23 @@ class EqualRuns:
 
     def begin(self) -> None:
         """Tell the others of a run."""
-        if self.model.training:
-            self._said(1)
+        self._said(1)
 
     def end(self, hidden: Tensor) -> Tensor:
         """Runs of the others, and gradients of zero for what no row has reached."""
-        if not self.model.training:
-            return hidden
         nothing = hidden.sum() * 0
         while int(self._said(0)):
             self.made_up += 1
             nothing = self._empty_run(nothing) * 0
+        if not torch.is_grad_enabled():
+            return hidden
+        from torch.distributed.tensor import DTensor
+
         for name in self.others:
             parameter = self.model.get_parameter(name)
-            if parameter.requires_grad:
+            # The input embeddings, where they are no output's too, may be a part of their own that
+            # is let go of once used: every row uses them.
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
                 nothing = nothing + parameter.sum() * 0
         return hidden + nothing
 

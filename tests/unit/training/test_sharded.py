@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from tests.unit.model.batches import batch
+from tests.unit.model.test_one_pass import step
 from tests.unit.training import world
 from tests.unit.training.test_torchrun import LAUNCH, one_row_a_batch
 from vpt_agent.errors import UserError
@@ -124,6 +128,41 @@ def test_one_process_cannot_shard(tmp_path: Path) -> None:
         train(one_row_a_batch(tmp_path, "one", steps=1, trainer=FSDP))
 
 
+def test_checkpointing_is_ours_and_not_fsdps(tmp_path: Path) -> None:
+    world.save_model(tmp_path / "model")
+    world.save_rows(tmp_path / "rows", 8)
+    own = {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": True}}
+    with pytest.raises(UserError, match=r"FSDP's own checkpointing.*gradient_checkpointing: true"):
+        train(one_row_a_batch(tmp_path, "one", steps=1, trainer=own))
+
+
+def test_the_input_embeddings_may_be_a_part_of_their_own(tmp_path: Path) -> None:
+    """As new versions of accelerate shard untied ones: gathered, used, and let go of at once."""
+    model, processor = tiny_model(("clip",), tied=False)
+    model.config.gradients = "full"
+    rows = batch(model, processor, [("clip", "")], [], padding_side="right")
+    inputs = rows | {"passes": "one", "labelled_only": True}
+    loss, grads = step(model.train(), **inputs)
+    model.zero_grad()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model.runs = EqualRuns(model)
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (model.model.embed_tokens, *model.model.layers):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh)
+        torch.manual_seed(3)
+        made = model(**inputs).loss
+        made.backward()
+        assert float(made.detach()) == pytest.approx(loss, abs=1e-6)
+        named: dict[str, Any] = dict(model.named_parameters())
+        for name, grad in grads.items():
+            torch.testing.assert_close(named[name].grad.full_tensor(), grad, atol=1e-5, rtol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_process_that_is_done_makes_the_runs_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -144,6 +183,8 @@ def test_a_process_that_is_done_makes_the_runs_of_the_others(
     ended.sum().backward()
     learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grad is not None and not grad.any() for grad in learning.values())
-    model.eval()
-    assert runs.end(hidden) is hidden
-    runs.begin()  # nobody is asked
+    others = iter([0, 1, 0])
+    with torch.no_grad():  # evaluation, with masks drawn otherwise in another process
+        runs.begin()
+        assert runs.end(hidden) is hidden
+    assert runs.made_up == 3
