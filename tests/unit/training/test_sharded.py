@@ -99,10 +99,20 @@ def test_sharded_weights_take_the_same_steps(tmp_path: Path, passes: str, how: s
 
 @pytest.mark.slow
 def test_a_sharded_run_is_taken_up_to_the_same_losses(tmp_path: Path) -> None:
-    world.save_model(tmp_path / "model")
+    """Untied weights, and masks that are drawn in evaluation, too."""
+    world.save_model(tmp_path / "model", tied=False)
     save_mixed_rows(tmp_path / "rows")
-    optim = {"learning_rate": 1e-3}
-    pair = run_of(tmp_path, "two", "one", optim=optim, trainer=FSDP, gradient_checkpointing=True)
+    mask = {"paragraphs": 2, "ratio": 0.5, "draw": "row", "in_evaluation": True}
+    pair = run_of(
+        tmp_path,
+        "two",
+        "one",
+        optim={"learning_rate": 1e-3},
+        mask=mask,
+        trainer=FSDP,
+        gradient_checkpointing=True,
+        evaluate_every=2,
+    )
     two(pair)
     rows, made = read_metrics(pair.out / METRICS), weights(pair.out / "final")
     shutil.rmtree(pair.out / "final")
