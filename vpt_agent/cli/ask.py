@@ -75,6 +75,21 @@ def load_agent(
         ) from error
 
 
+Images = Annotated[
+    list[str] | None, typer.Option(help="A picture file; may be given several times.")
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0 takes the likeliest token; above it, samples.")
+]
+Weights = Annotated[
+    str, typer.Option(help="own, or of the language layers: int8, float8 (extra int8).")
+]
+Decoding = Annotated[
+    str, typer.Option(help="Who chooses tokens: host, device, compiled-device, or auto.")
+]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", help="With the routines in C (one CPU thread).")
+]
 Mcp = Annotated[
     list[str] | None,
     typer.Option(
@@ -173,9 +188,7 @@ def ask(
         list[str],
         typer.Argument(metavar='PICTURE... "QUESTION"', help="Picture files, then the question."),
     ],
-    image: Annotated[
-        list[str] | None, typer.Option(help="A picture file; may be given several times.")
-    ] = None,
+    image: Images = None,
     model: Annotated[
         str | None,
         typer.Option(help="Checkpoint folder or hub name; without it, the model in the package."),
@@ -191,12 +204,8 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="own, or of the language layers: int8, float8 (extra int8).")
-    ] = "own",
-    decoding: Annotated[
-        str, typer.Option(help="Who chooses tokens: host, device, compiled-device, or auto.")
-    ] = "auto",
+    weights: Weights = "own",
+    decoding: Decoding = "auto",
     compiled: Annotated[
         bool,
         typer.Option("--compiled", help="With routines in C (one CPU thread)."),
@@ -205,9 +214,7 @@ def ask(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens the model may write.")
     ] = Limits.new_tokens,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token; above it, samples.")
-    ] = 0.0,
+    temperature: Temperature = 0.0,
 ) -> None:
     """Answer a question about one or more pictures.
 
@@ -216,17 +223,9 @@ def ask(
     pictures, question = split_words(words, image or [])
     limits = Limits(new_tokens=max_new_tokens)
     tools = named_tools(tool or [])
+    speed = {"weights": weights, "decoding": decoding, "compiled": compiled}
     with progress("loading the model") as update:
-        agent = load_agent(
-            model,
-            device=device,
-            dtype=dtype,
-            progress=update,
-            tools=tools,
-            weights=weights,
-            decoding=decoding,
-            compiled=compiled,
-        )
+        agent = load_agent(model, device=device, dtype=dtype, progress=update, tools=tools, **speed)
         try:
             mount(agent, mcp, update)
             update("looking")

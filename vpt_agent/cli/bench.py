@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vpt_agent.cli.ask import Compiled, Decoding, Weights
 from vpt_agent.cli.output import clear_errors, note, print_json, writing
 from vpt_agent.errors import UserError
 
@@ -27,15 +28,6 @@ Shape = Annotated[str, typer.Option(help="Shape of the random weights: 40m, 300m
 Force = Annotated[str, typer.Option(metavar="KIND", help="The kind that the first turn calls.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Weights = Annotated[
-    str, typer.Option(help="own, or of the language layers: int8, float8 (extra int8).")
-]
-Compiled = Annotated[
-    bool, typer.Option("--compiled", help="With the routines in C (one CPU thread).")
-]
-Decoding = Annotated[
-    str, typer.Option(help="Who chooses tokens: host, device, compiled-device, or auto.")
-]
 
 
 @app.callback()

@@ -66,6 +66,12 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
         raise UserError(
             "transformers refuses these arguments", where="trainer", got=str(error)
         ) from error
+    _require_possible(made, world)
+    return made
+
+
+def _require_possible(made: TrainingArguments, world: int) -> None:
+    """Refuse what would end later and less clearly: ``world`` processes, their GPUs and shards."""
     if made.n_gpu > 1:  # transformers would copy the model to each, and cut our batches to pieces
         raise UserError(
             "one process trains on one GPU",
@@ -86,7 +92,6 @@ def arguments(config: TrainConfig, *, rows: int | None, evaluates: bool) -> Trai
             where="trainer.fsdp",
             fix="start several with torchrun --nproc-per-node N, or train without fsdp",
         )
-    return made
 
 
 def _checkpointing() -> str:
