@@ -60,6 +60,7 @@ def train(
             note("train", text)
 
     result = run(read, resume=resume, say=say, draw=drawing(read.out))
+    _leave_group()
     if not is_main():
         return
     told = {
@@ -141,3 +142,13 @@ def _wait_for(folder: Path) -> None:
                 fix="see what the process with LOCAL_RANK 0 says; all must see the same folder",
             )
         time.sleep(0.2)
+
+
+def _leave_group() -> None:
+    """All processes are done: end their connections, or a thread of theirs may end this process as
+    if it had failed, when Python takes down what is left."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
