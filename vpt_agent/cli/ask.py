@@ -206,10 +206,7 @@ def ask(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     weights: Weights = "own",
     decoding: Decoding = "auto",
-    compiled: Annotated[
-        bool,
-        typer.Option("--compiled", help="With routines in C (one CPU thread)."),
-    ] = False,
+    compiled: Compiled = False,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens the model may write.")

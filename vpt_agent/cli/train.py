@@ -145,10 +145,9 @@ def _wait_for(folder: Path) -> None:
 
 
 def _leave_group() -> None:
-    """All processes are done: end their connections, or a thread of theirs may end this process as
-    if it had failed, when Python takes down what is left."""
+    """End this process's connections, or a thread of theirs may end it as if it had failed, when
+    Python takes down what is left. It waits for nobody: the first process may still answer."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
         distributed.destroy_process_group()

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vpt_agent.model.attention import ready_mask
-
 if TYPE_CHECKING:
     from vpt_agent.model.modeling import VPTForConditionalGeneration
 
@@ -26,7 +24,7 @@ WORTH = 2
 
 
 def narrows(model: VPTForConditionalGeneration, levels: int) -> bool:
-    """Whether the last layer can be narrowed: one that is known and as transformers made it (no
+    """Whether the last layer can be narrowed: one that is known, as transformers made it (sdpa; no
     adapters, hooks or shards), without gradient checkpoints; ``levels`` layers get DeepStack's."""
     text = model.model
     last = text.layers[-1]
@@ -61,8 +59,8 @@ def last_layer(
     """States behind the last layer [R, Q, D], zero but for ``columns`` [R, m]; keys and values
     [R, heads, S, d] of all.
 
-    ``hidden`` [R, Q, D] at ``places`` [3, R, Q]; ``mask`` bool or added [R, 1, Q, S] (None: causal,
-    no ``past``).
+    ``hidden`` [R, Q, D] at ``places`` [3, R, Q]; ``mask`` bool [R, 1, Q, S] (None: causal, no
+    ``past``): attention is sdpa here.
     """
     layer: Any = model.model.layers[-1]
     key, value = _keys_and_values(model, layer, hidden, places)
@@ -72,8 +70,7 @@ def last_layer(
     at = columns.clamp(min=0).to(hidden.device)
     if mask is None:
         seen = torch.arange(hidden.shape[1], device=hidden.device) <= at[:, :, None]
-        implementation = model.model.config._attn_implementation
-        narrow = ready_mask(seen[:, None], hidden, implementation)
+        narrow = seen[:, None]
     else:
         narrow = mask.take_along_dim(at[:, None, :, None], dim=2)
     chosen: Tensor = layer(

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import distributed
 from typer.testing import CliRunner
 
 from tests.unit.training import world
 from vpt_agent.cli import app
+from vpt_agent.cli.train import _leave_group
 from vpt_agent.data import read_row, row_views
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -92,3 +94,12 @@ def test_the_bench_prints_ratios(tmp_path: Path) -> None:
     for setting in figures["settings"]:
         assert setting["loss_apart"] < 1e-3
         assert f"ratio {setting['ratio']:.2f}" in result.stdout
+
+
+def test_a_process_leaves_its_group(tmp_path: Path) -> None:
+    """A group of one: nobody is waited for, and nothing is left open."""
+    _leave_group()  # without one
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    _leave_group()
+    assert not distributed.is_initialized()
